@@ -1,0 +1,1 @@
+"""cortex, the gateway: knows the fleet, routes, translates, measures."""

@@ -1,0 +1,1 @@
+"""Built-in plugins, registered exactly as a stranger's are."""

@@ -1,0 +1,141 @@
+"""What crosses the border between the node's HTTP process and a worker: msgpack, length-prefixed.
+
+The HTTP process orders, the worker reports; neither side knows the other's modules.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+import msgspec
+
+from cortex.hookspecs import EngineTimings, Sampling
+
+MAX_MESSAGE: Final = 64 * 2**20
+"""Bytes. A longer message is a broken peer."""
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", omit_defaults=True):
+    pass
+
+
+class Load(_Message, tag="load"):
+    """Load one model. `path` is a GGUF file or a directory with safetensors."""
+
+    path: str
+    dtype: str
+    """`float32`, or `packed16` (weights in packed fp16, activations fp32)."""
+    device: str
+    """`cpu`, or a CUDA device's uuid."""
+    context: int
+    """Tokens that one sequence may hold."""
+    cache_tokens: int
+    """Tokens that the whole KV cache holds."""
+    prefill_chunk: int
+    threads: int
+    rank: int = 0
+    world: int = 1
+    options: Mapping[str, Any] = {}
+
+
+class Generate(_Message, tag="generate"):
+    """Start a sequence; `key` names it on this border and is never used twice."""
+
+    key: int
+    request_id: str
+    ids: list[int]
+    sampling: Sampling
+
+
+class Cancel(_Message, tag="cancel"):
+    """Stop a sequence; unknown keys (already finished) are ignored. Nothing is answered."""
+
+    key: int
+
+
+Order = Load | Generate | Cancel
+
+
+class LoadProgress(_Message, tag="load_progress"):
+    phase: str
+    done: int
+    total: int
+
+
+class Ready(_Message, tag="ready"):
+    """The model is loaded. Bytes are what the worker measured, for the node's report."""
+
+    weight_bytes: int
+    cache_bytes: int
+
+
+class LoadRefused(_Message, tag="load_refused"):
+    """The load failed; the worker ends after it. `code` is a code of `wire.errors`."""
+
+    code: str
+    message: str
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, array_like=True):
+    """What one step gave one sequence."""
+
+    key: int
+    ids: list[int]
+    finish: Literal["stop", "length"] | None = None
+    timings: EngineTimings | None = None
+    error: str | None = None
+    """The sequence failed; the engine goes on."""
+
+
+class Step(_Message, tag="step"):
+    """All outputs of one step."""
+
+    outputs: list[Output]
+
+
+Report = LoadProgress | Ready | LoadRefused | Step
+
+_order_decoder: Final = msgspec.msgpack.Decoder(Order)
+_report_decoder: Final = msgspec.msgpack.Decoder(Report)
+_encoder: Final = msgspec.msgpack.Encoder()
+_LENGTH: Final = struct.Struct("<I")
+
+
+def frame(message: Order | Report) -> bytes:
+    """The message with its length before it."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class Unframer:
+    """Takes bytes in any split and gives whole message bodies."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Raises ValueError on a length over MAX_MESSAGE."""
+        self._buffer += data
+        bodies = []
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > MAX_MESSAGE:
+                raise ValueError(f"a message of {length} bytes is over the limit of {MAX_MESSAGE}")
+            end = start + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            bodies.append(bytes(self._buffer[start + _LENGTH.size : end]))
+            start = end
+        del self._buffer[:start]
+        return bodies
+
+
+def decode_order(body: bytes) -> Order:
+    return _order_decoder.decode(body)
+
+
+def decode_report(body: bytes) -> Report:
+    return _report_decoder.decode(body)

@@ -1,0 +1,1 @@
+"""Weight files through an mmap: headers without torch, tensors with it."""

@@ -1,0 +1,312 @@
+"""The canonical conversation: OpenAI chat completions as typed Structs that lose nothing.
+
+Unknown fields of a decoded object are kept in its `extra` and come back when it is encoded. Knows
+the shape of the conversation only: ranges and meanings are checked by whoever acts on them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeVar
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from cortex.wire.errors import BadRequest
+
+
+class Open(msgspec.Struct, kw_only=True, dict=True):
+    """A Struct that keeps the fields it does not know."""
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """Unknown fields as they were decoded, plain JSON values."""
+        found: dict[str, Any] = self.__dict__.setdefault("extra", {})
+        return found
+
+
+class FunctionCall(Open, omit_defaults=True):
+    name: str | None = None
+    arguments: str | dict[str, Any] | None = None
+    """A JSON text as OpenAI has it; some clients send the object itself."""
+
+
+class ToolCall(Open, omit_defaults=True):
+    id: str | None = None
+    index: int | None = None
+    type: str | None = None
+    function: FunctionCall | None = None
+
+
+class ContentPart(Open, omit_defaults=True):
+    type: str
+    text: str | None = None
+
+
+class Message(Open, omit_defaults=True):
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(Open, omit_defaults=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Open, omit_defaults=True):
+    type: str = "function"
+    function: Function | None = None
+
+
+class StreamOptions(Open, omit_defaults=True):
+    include_usage: bool | None = None
+
+
+class ChatRequest(Open, omit_defaults=True):
+    """A chat completion request. None means that the client did not say."""
+
+    model: str
+    messages: list[Message]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class PromptTokensDetails(Open):
+    cached_tokens: int = 0
+
+
+class CompletionTokensDetails(Open):
+    reasoning_tokens: int = 0
+
+
+class Usage(Open):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    prompt_tokens_details: PromptTokensDetails | None | UnsetType = UNSET
+    completion_tokens_details: CompletionTokensDetails | None | UnsetType = UNSET
+
+
+class Timings(Open):
+    """Our extension, on the last chunk and on a whole reply. Milliseconds and tokens per second."""
+
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    prompt_per_second: float = 0.0
+    predicted_per_second: float = 0.0
+
+
+class Delta(Open):
+    role: str | UnsetType = UNSET
+    content: str | None | UnsetType = UNSET
+    reasoning_content: str | None | UnsetType = UNSET
+    tool_calls: list[ToolCall] | None | UnsetType = UNSET
+
+
+class ChunkChoice(Open):
+    index: int = 0
+    delta: Delta = msgspec.field(default_factory=Delta)
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+
+
+class ChatChunk(Open):
+    """One event of a streamed reply."""
+
+    id: str = ""
+    object: str = "chat.completion.chunk"
+    created: int = 0
+    model: str = ""
+    choices: list[ChunkChoice] = msgspec.field(default_factory=list)
+    usage: Usage | None | UnsetType = UNSET
+    timings: Timings | None | UnsetType = UNSET
+
+
+class ReplyMessage(Open):
+    role: str = "assistant"
+    content: str | None = None
+    reasoning_content: str | None | UnsetType = UNSET
+    tool_calls: list[ToolCall] | None | UnsetType = UNSET
+
+
+class Choice(Open):
+    index: int = 0
+    message: ReplyMessage = msgspec.field(default_factory=ReplyMessage)
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+
+
+class ChatCompletion(Open):
+    """A whole reply."""
+
+    id: str = ""
+    object: str = "chat.completion"
+    created: int = 0
+    model: str = ""
+    choices: list[Choice] = msgspec.field(default_factory=list)
+    usage: Usage | None | UnsetType = UNSET
+    timings: Timings | None | UnsetType = UNSET
+
+
+T = TypeVar("T", bound=Open)
+
+
+def decode(kind: type[T], body: bytes) -> T:
+    """Read JSON into `kind`, unknown fields kept. Raises BadRequest that names the field at fault."""
+    try:
+        plain = msgspec.json.decode(body)
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    except RecursionError:
+        raise BadRequest("The body is nested too deeply to be read.", code="invalid_json") from None
+    if not isinstance(plain, dict):
+        raise BadRequest(f"The body must be a JSON object, not {_json_name(plain)}.", code="invalid_json")
+    return convert(kind, plain)
+
+
+def convert(kind: type[T], plain: dict[str, Any]) -> T:
+    """As `decode`, from plain JSON values."""
+    try:
+        value = msgspec.convert(plain, kind)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at ")
+        field = path.strip("`").removeprefix("$").lstrip(".") or None
+        where = f" (at {field})" if field else ""
+        raise BadRequest(f"{message}{where}.", param=field) from None
+    _keep_unknown(value, plain)
+    return value
+
+
+def encode(value: Open) -> bytes:
+    """JSON of `value`, its unknown fields included."""
+    return msgspec.json.encode(to_plain(value))
+
+
+def to_plain(value: Any) -> Any:
+    """Plain JSON values of `value`, unknown fields of every Struct in it included."""
+    if isinstance(value, Open):
+        plain = {
+            name: to_plain(item)
+            for name, item in zip(value.__struct_encode_fields__, _values(value), strict=True)
+            if item is not UNSET and not (item is None and value.__struct_config__.omit_defaults)
+        }
+        return {**plain, **value.extra}
+    if isinstance(value, list):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def _values(value: Open) -> list[Any]:
+    return [getattr(value, name) for name in value.__struct_fields__]
+
+
+def _keep_unknown(value: Any, plain: Any) -> None:
+    if isinstance(value, Open) and isinstance(plain, dict):
+        known = value.__struct_fields__
+        if len(plain) > len(known) or not plain.keys() <= set(known):
+            value.extra.update({name: item for name, item in plain.items() if name not in known})
+        for name in known:
+            item = getattr(value, name)
+            if isinstance(item, Open | list):
+                _keep_unknown(item, plain.get(name))
+    elif isinstance(value, list) and isinstance(plain, list) and value and isinstance(value[0], Open):
+        for item, raw in zip(value, plain, strict=True):
+            _keep_unknown(item, raw)
+
+
+def _json_name(value: Any) -> str:
+    return {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
+
+
+class PeekDelta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: Raw | None = None
+
+
+class PeekChoice(msgspec.Struct):
+    delta: PeekDelta | None = None
+    finish_reason: str | None = None
+
+
+class PeekDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class PeekUsage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: PeekDetails | None = None
+
+
+class Peek(msgspec.Struct):
+    """What the gateway reads of a reply that it passes through: enough for metrics, nothing more."""
+
+    choices: list[PeekChoice] = []
+    usage: PeekUsage | None = None
+    error: Raw | None = None
+
+    @property
+    def carries_token(self) -> bool:
+        """True if the chunk brings output: text, reasoning, or a part of a tool call."""
+        for choice in self.choices:
+            delta = choice.delta
+            if delta and (delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls):
+                return True
+        return False
+
+    @property
+    def usage_only(self) -> bool:
+        """True for the closing usage chunk, which has no choices."""
+        return self.usage is not None and not self.choices
+
+
+_peek: Final = msgspec.json.Decoder(Peek)
+_NO_PEEK: Final = Peek()
+
+
+def peek(data: bytes) -> Peek:
+    """Read along; data that is not a chunk (`[DONE]`, another server's extra) peeks as empty."""
+    try:
+        return _peek.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return _NO_PEEK
+
+
+def edit_top_level(body: bytes, changes: dict[str, Any]) -> bytes:
+    """Set top-level members of a JSON object; every other member keeps its exact bytes.
+
+    Raises BadRequest if `body` is no JSON object.
+    """
+    try:
+        members = msgspec.json.decode(body, type=dict[str, Raw])
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"The body is not a JSON object: {error}.", code="invalid_json") from None
+    members.update({name: Raw(msgspec.json.encode(value)) for name, value in changes.items()})
+    return msgspec.json.encode(members)
