@@ -181,14 +181,18 @@ class RequestEnded(msgspec.Struct, frozen=True, kw_only=True):
     """Spent in the gateway itself before the request went to a node."""
     time_to_first_token: float | None = None
     inter_token_latency: float | None = None
+    """Mean gap between two output events of a stream."""
+    tokens_per_second: float | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_prompt_tokens: int = 0
     started: bool = False
-    """A RequestStarted was sent for it."""
+    """The node still counted it as in flight: a RequestStarted without a RequestRetried after it."""
 
 
 class RequestRetried(msgspec.Struct, frozen=True, kw_only=True):
+    """The node did not serve the request, which leaves it for another one."""
+
     model: str
     node: str
     reason: str
@@ -227,6 +231,15 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float = 0.0
     seed: int | None = None
     stop_ids: tuple[int, ...] = ()
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model's makers recommend; None where they say nothing."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
 
 
 class EngineTimings(msgspec.Struct, frozen=True, kw_only=True):
@@ -270,6 +283,9 @@ class Codec(Protocol):
 
     @property
     def stop_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def defaults(self) -> SamplingDefaults: ...
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt for a conversation. Raises BadRequest with the template's own complaint."""

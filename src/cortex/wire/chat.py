@@ -6,6 +6,7 @@ the shape of the conversation only: ranges and meanings are checked by whoever a
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -107,8 +108,8 @@ class Usage(Open):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
-    prompt_tokens_details: PromptTokensDetails | None | UnsetType = UNSET
-    completion_tokens_details: CompletionTokensDetails | None | UnsetType = UNSET
+    prompt_tokens_details: PromptTokensDetails | UnsetType | None = UNSET
+    completion_tokens_details: CompletionTokensDetails | UnsetType | None = UNSET
 
 
 class Timings(Open):
@@ -123,9 +124,9 @@ class Timings(Open):
 
 class Delta(Open):
     role: str | UnsetType = UNSET
-    content: str | None | UnsetType = UNSET
-    reasoning_content: str | None | UnsetType = UNSET
-    tool_calls: list[ToolCall] | None | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCall] | UnsetType | None = UNSET
 
 
 class ChunkChoice(Open):
@@ -143,15 +144,15 @@ class ChatChunk(Open):
     created: int = 0
     model: str = ""
     choices: list[ChunkChoice] = msgspec.field(default_factory=list)
-    usage: Usage | None | UnsetType = UNSET
-    timings: Timings | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
+    timings: Timings | UnsetType | None = UNSET
 
 
 class ReplyMessage(Open):
     role: str = "assistant"
     content: str | None = None
-    reasoning_content: str | None | UnsetType = UNSET
-    tool_calls: list[ToolCall] | None | UnsetType = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCall] | UnsetType | None = UNSET
 
 
 class Choice(Open):
@@ -169,8 +170,8 @@ class ChatCompletion(Open):
     created: int = 0
     model: str = ""
     choices: list[Choice] = msgspec.field(default_factory=list)
-    usage: Usage | None | UnsetType = UNSET
-    timings: Timings | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
+    timings: Timings | UnsetType | None = UNSET
 
 
 T = TypeVar("T", bound=Open)
@@ -180,10 +181,8 @@ def decode(kind: type[T], body: bytes) -> T:
     """Read JSON into `kind`, unknown fields kept. Raises BadRequest that names the field at fault."""
     try:
         plain = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
-        raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
-    except RecursionError:
-        raise BadRequest("The body is nested too deeply to be read.", code="invalid_json") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise unreadable(error) from None
     if not isinstance(plain, dict):
         raise BadRequest(f"The body must be a JSON object, not {_json_name(plain)}.", code="invalid_json")
     return convert(kind, plain)
@@ -194,12 +193,24 @@ def convert(kind: type[T], plain: dict[str, Any]) -> T:
     try:
         value = msgspec.convert(plain, kind)
     except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at ")
-        field = path.strip("`").removeprefix("$").lstrip(".") or None
-        where = f" (at {field})" if field else ""
-        raise BadRequest(f"{message}{where}.", param=field) from None
+        raise unreadable(error) from None
     _keep_unknown(value, plain)
     return value
+
+
+def unreadable(error: Exception) -> BadRequest:
+    """The refusal for a body that msgspec could not read; names the field at fault where there is one."""
+    if isinstance(error, RecursionError):
+        return BadRequest("The body is nested too deeply to be read.", code="invalid_json")
+    if not isinstance(error, msgspec.ValidationError):
+        return BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json")
+    message, _, path = str(error).partition(" - at ")
+    field = path.strip("`").removeprefix("$").lstrip(".") or None
+    missing = re.search(r"missing required field `(\w+)`", message)
+    if missing:
+        field = f"{field}.{missing[1]}" if field else missing[1]
+    where = f" (at {field})" if field and not missing else ""
+    return BadRequest(f"{message}{where}.", param=field)
 
 
 def encode(value: Open) -> bytes:
@@ -240,14 +251,15 @@ def _keep_unknown(value: Any, plain: Any) -> None:
 
 
 def _json_name(value: Any) -> str:
-    return {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
+    names = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 class PeekDelta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: Raw | None = None
+    tool_calls: list[Raw] | None = None
 
 
 class PeekChoice(msgspec.Struct):
@@ -270,7 +282,7 @@ class Peek(msgspec.Struct):
 
     choices: list[PeekChoice] = []
     usage: PeekUsage | None = None
-    error: Raw | None = None
+    error: Any = None
 
     @property
     def carries_token(self) -> bool:
@@ -306,7 +318,7 @@ def edit_top_level(body: bytes, changes: dict[str, Any]) -> bytes:
     """
     try:
         members = msgspec.json.decode(body, type=dict[str, Raw])
-    except msgspec.DecodeError as error:
-        raise BadRequest(f"The body is not a JSON object: {error}.", code="invalid_json") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise unreadable(error) from None
     members.update({name: Raw(msgspec.json.encode(value)) for name, value in changes.items()})
     return msgspec.json.encode(members)

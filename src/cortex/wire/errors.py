@@ -40,7 +40,9 @@ class CortexError(Exception):
         self.message = message
         self.code = code or self.default_code
         self.param = param
-        self.retry_after = None if retry_after is None else min(MAX_RETRY_AFTER, max(1, math.ceil(retry_after)))
+        self.retry_after: int | None = None
+        if retry_after is not None:
+            self.retry_after = min(MAX_RETRY_AFTER, max(1, math.ceil(retry_after)))
         self.details = dict(details or {})
 
 

@@ -20,7 +20,7 @@ class Wire(msgspec.Struct, kw_only=True):
     """Base of the node types: keyword-only, ignores what it does not know."""
 
 
-class Limit(Wire, frozen=True):
+class Limit(Wire):
     """Tokens: the whole context, the longest prompt, the longest answer. 0 is unknown."""
 
     context: int = 0
@@ -28,13 +28,13 @@ class Limit(Wire, frozen=True):
     output: int = 0
 
 
-class Servable(Wire, frozen=True):
+class Servable(Wire):
     ok: bool = True
     reason: str | None = None
     detail: str | None = None
 
 
-class Device(Wire, frozen=True):
+class Device(Wire):
     index: int
     uuid: str
     name: str
@@ -66,7 +66,7 @@ class Version(Wire):
     git_sha: str | None = None
 
 
-class Grant(Wire, frozen=True):
+class Grant(Wire):
     """What the ledger has promised to one model on one device."""
 
     model_id: str
@@ -142,7 +142,7 @@ class ModelReport(Wire):
     limit: Limit | None = None
     tool_call: bool = False
     reasoning: bool = False
-    servable: Servable = Servable()
+    servable: Servable = msgspec.field(default_factory=Servable)
     progress: Progress | None = None
 
 
@@ -192,3 +192,17 @@ class ModelCard(Wire, omit_defaults=True):
     reasoning: bool = False
     alias_of: str | None = None
     cost: dict[str, float] | None = None
+
+
+class NodeView(Wire):
+    """One node as the gateway sees it; what `GET /nodes` of the gateway lists."""
+
+    name: str
+    endpoint: str
+    up: bool
+    detail: str | None = None
+    """Why it is not up."""
+    version: str | None = None
+    devices: list[Device] = []
+    device_health: list[DeviceHealth] = []
+    models: list[ModelReport] = []

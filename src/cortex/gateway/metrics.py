@@ -1,0 +1,147 @@
+"""The gateway's Prometheus collectors: an observer like any other, and the one place that names them.
+
+Labels are bounded by the events, which never carry a client's free text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aioprometheus.collectors import Counter, Gauge, Histogram, Registry
+from aioprometheus.renderer import render
+
+from cortex.hookspecs import (
+    NodePolled,
+    ObserverEvent,
+    RequestEnded,
+    RequestRetried,
+    RequestStarted,
+)
+from cortex.web.buckets import (
+    INTER_TOKEN_LATENCY,
+    OVERHEAD,
+    REQUEST_DURATION,
+    TIME_TO_FIRST_TOKEN,
+    TOKENS_PER_SECOND,
+)
+
+DEVICE_READINGS: Mapping[str, str] = {
+    "memory_used_bytes": "Memory of the device in use.",
+    "memory_total_bytes": "Memory of the device.",
+    "utilization_ratio": "How busy the device is, 0 to 1.",
+    "temperature_celsius": "Temperature of the device.",
+}
+
+
+class GatewayMetrics:
+    name = "prometheus"
+
+    def __init__(self) -> None:
+        registry = self._registry = Registry()
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, registry=registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, registry=registry, buckets=buckets)
+
+        self._requests = counter("cortex_requests_total", "Requests by how they ended.")
+        self._duration = histogram(
+            "cortex_request_duration_seconds", "From arrival to the last byte.", REQUEST_DURATION
+        )
+        self._ttft = histogram(
+            "cortex_time_to_first_token_seconds",
+            "Streamed requests, from arrival to the first token.",
+            TIME_TO_FIRST_TOKEN,
+        )
+        self._itl = histogram(
+            "cortex_inter_token_latency_seconds",
+            "Mean gap between the output events of a streamed request.",
+            INTER_TOKEN_LATENCY,
+        )
+        self._rate = histogram(
+            "cortex_tokens_per_second", "Completion tokens a second, by request.", TOKENS_PER_SECOND
+        )
+        self._prompt = counter("cortex_prompt_tokens_total", "Prompt tokens of requests that were served.")
+        self._completion = counter("cortex_completion_tokens_total", "Completion tokens that were served.")
+        self._cached = counter(
+            "cortex_cached_prompt_tokens_total", "Prompt tokens that a node found in its prefix cache."
+        )
+        self._overhead = histogram(
+            "cortex_gateway_overhead_seconds",
+            "Time in the gateway itself, from the last byte of the request to its dispatch.",
+            OVERHEAD,
+        )
+        self._in_flight = gauge("cortex_requests_in_flight", "Requests that a node is serving for us.")
+        self._retries = counter("cortex_retries_total", "Requests that went on to another node.")
+        self._node_up = gauge("cortex_node_up", "1 while the node answers polls.")
+        self._model_state = gauge("cortex_model_state", "1 for the state that a node reports of a model.")
+        self._devices = {
+            reading: gauge(f"cortex_device_{reading}", text) for reading, text in DEVICE_READINGS.items()
+        }
+        self._polled: dict[str, list[tuple[Gauge, dict[str, str]]]] = {}
+
+    def on_event(self, event: ObserverEvent) -> None:
+        match event:
+            case RequestStarted():
+                self._in_flight.inc({"model": event.model, "node": event.node})
+            case RequestRetried():
+                self._in_flight.dec({"model": event.model, "node": event.node})
+                self._retries.inc({"model": event.model, "reason": event.reason})
+            case RequestEnded():
+                self._ended(event)
+            case NodePolled():
+                self._node(event)
+
+    def _ended(self, event: RequestEnded) -> None:
+        labels = {"model": event.model, "node": event.node}
+        if event.started:
+            self._in_flight.dec(labels)
+        self._requests.inc({**labels, "dialect": event.dialect, "outcome": event.outcome})
+        if not event.started:
+            return
+        self._duration.observe(labels, event.duration)
+        self._overhead.observe(labels, event.overhead)
+        if event.time_to_first_token is not None:
+            self._ttft.observe(labels, event.time_to_first_token)
+        if event.inter_token_latency is not None:
+            self._itl.observe(labels, event.inter_token_latency)
+        if event.tokens_per_second is not None:
+            self._rate.observe(labels, event.tokens_per_second)
+        for tokens, collector in (
+            (event.prompt_tokens, self._prompt),
+            (event.completion_tokens, self._completion),
+            (event.cached_prompt_tokens, self._cached),
+        ):
+            if tokens:
+                collector.add(labels, tokens)
+
+    def _node(self, event: NodePolled) -> None:
+        """Sets the node's gauges anew; a series that it no longer reports goes away."""
+        now: list[tuple[Gauge, dict[str, str], float]] = []
+        for model, state in event.states.items():
+            now.append((self._model_state, {"model": model, "node": event.node, "state": state}, 1.0))
+        for device in event.devices:
+            labels = {"node": event.node, "device": str(int(device.get("index", 0)))}
+            for reading, collector in self._devices.items():
+                if reading in device:
+                    now.append((collector, labels, device[reading]))
+        for collector, labels in self._polled.get(event.node, ()):
+            collector.values.pop(labels, None)
+        for collector, labels, value in now:
+            collector.set(labels, value)
+        self._polled[event.node] = [(collector, labels) for collector, labels, _ in now]
+        self._node_up.set({"node": event.node}, int(event.up))
+
+    def render(self, accept: str = "text/plain") -> tuple[bytes, Mapping[str, str]]:
+        """The whole exposition and its headers."""
+        body, headers = render(self._registry, [accept])
+        return _as_bytes(body), headers
+
+
+def _as_bytes(body: Any) -> bytes:
+    return body if isinstance(body, bytes) else str(body).encode()

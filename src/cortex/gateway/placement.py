@@ -1,0 +1,66 @@
+"""Which node serves a request: a pure choice over what is known. Asks nobody and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from cortex.gateway.fleet import Node
+from cortex.wire.errors import CortexError, Loading, NoCapacity
+from cortex.wire.node import ModelReport
+
+NODE_LOST_RETRY_S = 5
+LOADING_RETRY_S = 5
+
+
+def choose(replicas: Sequence[Node], model_id: str, tried: Collection[str] = ()) -> Node | None:
+    """The least busy node that serves the model and was not tried yet, or None.
+
+    Least busy by requests of this model, then of the whole node, then by name. A node whose model
+    failed comes last: it loads the model again when it is asked.
+    """
+    best: tuple[tuple[int, int, int, str], Node] | None = None
+    for node in replicas:
+        if not node.up or node.name in tried:
+            continue
+        rank = _rank(node.models[model_id])
+        if rank is None:
+            continue
+        order = (rank, node.in_flight.get(model_id, 0), node.total_in_flight, node.name)
+        if best is None or order < best[0]:
+            best = (order, node)
+    return best[1] if best else None
+
+
+def _rank(report: ModelReport) -> int | None:
+    if report.status == "loaded":
+        return 0 if report.servable.ok else None
+    return 1 if report.status == "failed" else None
+
+
+def why_not(replicas: Sequence[Node], model_id: str) -> CortexError:
+    """Why none of the nodes that have the model can serve it now."""
+    lost = [node.name for node in replicas if not node.up]
+    if lost and len(lost) == len(replicas):
+        return NoCapacity(
+            f"The model {model_id!r} is on {', '.join(lost)}, which does not answer. "
+            f"Try again, or look at `cortex status`.",
+            retry_after=NODE_LOST_RETRY_S,
+        )
+    up = [node for node in replicas if node.up]
+    loading = [node.name for node in up if node.models[model_id].status == "loading"]
+    if loading:
+        return Loading(
+            f"The model {model_id!r} is loading on {', '.join(loading)}. Try again.",
+            retry_after=LOADING_RETRY_S,
+        )
+    states = ", ".join(f"{node.name}: {_state(node.models[model_id])}" for node in up)
+    return NoCapacity(
+        f"No node can serve the model {model_id!r} now ({states}). Load it with `cortex load`, or try again.",
+        retry_after=LOADING_RETRY_S,
+    )
+
+
+def _state(report: ModelReport) -> str:
+    if report.status == "loaded" and not report.servable.ok:
+        return report.servable.detail or report.servable.reason or "not servable"
+    return report.status

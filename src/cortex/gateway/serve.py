@@ -1,0 +1,264 @@
+"""The main path: a client's request to the node that serves it, and the reply back.
+
+Read `Serving.handle` first. Dialects turn bytes into calls and canonical events into bytes; placement
+chooses the node; this module moves the bytes, tries another node while the client has nothing yet,
+and settles the account. It knows no dialect by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Final
+
+import msgspec
+
+from cortex.gateway.catalogue import Catalogue
+from cortex.gateway.fleet import Fleet, Node
+from cortex.gateway.observe import Account, Observers
+from cortex.gateway.placement import choose, why_not
+from cortex.hookspecs import Call, Dialect, Encoder, Incoming, Operation
+from cortex.web.asgi import EventStream, Request, Response
+from cortex.web.client import Reply
+from cortex.wire import sse
+from cortex.wire.chat import edit_top_level, peek
+from cortex.wire.errors import Busy, CortexError, Loading, NodeLost, OverLimit, UnknownModel
+
+log: Final = logging.getLogger("cortex.serve")
+
+ANOTHER_NODE_MAY_HELP: Final = (NodeLost, Busy, Loading, OverLimit)
+CLIENT_GONE: Final = 499
+"""Nobody sees this status; nginx's number for it stands in the account."""
+ASK_FOR_USAGE: Final = {"stream_options": {"include_usage": True}}
+
+
+class Serving:
+    """Serves the calls of all dialects. One for the gateway's life; a request leaves nothing in it."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        catalogue: Catalogue,
+        observers: Observers,
+        *,
+        clock: Callable[[], float],
+        idle_timeout: float,
+    ) -> None:
+        self._fleet = fleet
+        self._catalogue = catalogue
+        self._observers = observers
+        self._clock = clock
+        self._idle_timeout = idle_timeout
+
+    async def handle(
+        self, request: Request, dialect: Dialect, operation: Operation
+    ) -> Response | EventStream:
+        """One request of a dialect's operation. Raises CortexError for whatever is refused."""
+        account = Account(
+            self._observers,
+            self._clock,
+            request_id=request.id,
+            dialect=dialect.name,
+            kind=operation.kind,
+            arrived=request.started,
+        )
+        try:
+            body = await request.body()
+            account.body_read()
+            call = dialect.parse(
+                Incoming(
+                    kind=operation.kind,
+                    body=body,
+                    headers=request.headers,
+                    params=request.params,
+                    query=request.query,
+                )
+            )
+            exchange = Exchange(self, dialect, self._resolve(call, account), account, request)
+            if call.stream:
+                return exchange.streamed()
+            return await exchange.whole()
+        except CortexError as error:
+            account.settle_error(error, sent=False)
+            raise
+        except asyncio.CancelledError:
+            account.settle("client_gone", CLIENT_GONE)
+            raise
+        except Exception:
+            account.settle("failed", 500)
+            raise
+
+    def _resolve(self, call: Call, account: Account) -> Call:
+        model = self._catalogue.resolve(call.model)
+        if self._fleet.knows(model):
+            account.model = model
+        elif model in self._catalogue.entries:
+            account.model = model
+            raise UnknownModel(
+                f"The model {model!r} is in the catalogue but no node has loaded it. Load it with "
+                f"`cortex load {model}`.",
+                code="model_not_loaded",
+                param="model",
+            )
+        else:
+            raise UnknownModel(
+                f"There is no model {call.model!r} here. GET /v1/models lists those that there are.",
+                param="model",
+            )
+        return msgspec.structs.replace(call, served_model=model)
+
+    def next_node(self, model: str, tried: set[str], last: CortexError | None) -> Node:
+        """The next node to ask. Raises the last node's refusal, or why there is none to ask."""
+        replicas = self._fleet.replicas(model)
+        node = choose(replicas, model, tried)
+        if node is None:
+            raise last or why_not(replicas, model)
+        tried.add(node.name)
+        return node
+
+    async def ask(self, node: Node, body: bytes, request_id: str) -> Reply:
+        return await node.client.chat(
+            body,
+            request_id,
+            idle_timeout=self._idle_timeout,
+            is_alive=lambda: node.lists(request_id),
+        )
+
+    @property
+    def fleet(self) -> Fleet:
+        return self._fleet
+
+
+class Exchange:
+    """One call on its way: which nodes were tried, and what the client has had."""
+
+    def __init__(
+        self, serving: Serving, dialect: Dialect, call: Call, account: Account, request: Request
+    ) -> None:
+        self._serving = serving
+        self._dialect = dialect
+        self._call = call
+        self._account = account
+        self._request = request
+        self._tried: set[str] = set()
+        request.log["model"] = call.served_model
+
+    async def whole(self) -> Response:
+        """The reply in one piece."""
+        body = self._body_for_node()
+        refusal: CortexError | None = None
+        while True:
+            node = self._next_node(refusal)
+            try:
+                with self._serving.fleet.lease(node, self._call.served_model):
+                    async with await self._serving.ask(node, body, self._request.id) as reply:
+                        answer = await reply.read()
+                self._read_along(node, answer)
+                rendered = self._dialect.render(self._call, answer)
+            except ANOTHER_NODE_MAY_HELP as error:
+                refusal = self._go_on(node, error)
+                continue
+            self._account.settle("ok", 200)
+            return Response(rendered)
+
+    def streamed(self) -> EventStream:
+        """The reply as events. Nothing is asked of a node before the stream is read."""
+        self._account.streamed = True
+        encoder = self._dialect.stream(self._call)
+        return EventStream(self._events(encoder), fail=encoder.fail, keep_alive=encoder.keep_alive)
+
+    async def _events(self, encoder: Encoder) -> AsyncGenerator[bytes, None]:
+        sent = False
+        try:
+            async with aclosing(self._events_of_some_node(encoder)) as events:
+                async for data in events:
+                    sent = True
+                    yield data
+            self._account.settle("ok", 200)
+        except CortexError as error:
+            self._account.settle_error(error, sent=sent)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            self._account.settle("client_gone", CLIENT_GONE)
+            raise
+        except Exception:
+            self._account.settle("failed", 500)
+            raise
+
+    async def _events_of_some_node(self, encoder: Encoder) -> AsyncGenerator[bytes, None]:
+        """Until a node has sent its first event another one can be tried."""
+        body = self._body_for_node()
+        refusal: CortexError | None = None
+        while True:
+            node = self._next_node(refusal)
+            sent = False
+            try:
+                async with aclosing(self._events_of(node, body, encoder)) as events:
+                    async for data in events:
+                        sent = True
+                        yield data
+                return
+            except ANOTHER_NODE_MAY_HELP as error:
+                if sent:
+                    raise
+                refusal = self._go_on(node, error)
+
+    async def _events_of(self, node: Node, body: bytes, encoder: Encoder) -> AsyncGenerator[bytes, None]:
+        """One node's stream: every socket read becomes one piece of whole events for the client."""
+        decoder = sse.Decoder()
+        ended = False
+        with self._serving.fleet.lease(node, self._call.served_model):
+            reply = await self._serving.ask(node, body, self._request.id)
+            async with reply, aclosing(reply.chunks()) as chunks:
+                async for chunk in chunks:
+                    out = []
+                    for event in decoder.feed(chunk):
+                        seen = peek(event.data)
+                        if seen.error is not None:
+                            raise _failure(node, event.data)
+                        ended = ended or event.data == b"[DONE]"
+                        self._account.saw(seen)
+                        out.append(encoder.feed(event, seen))
+                    if data := b"".join(out):
+                        yield data
+        if not ended:
+            raise NodeLost(f"Node {node.name} ended the stream before its end.")
+        if data := encoder.finish():
+            yield data
+
+    def _next_node(self, refusal: CortexError | None) -> Node:
+        node = self._serving.next_node(self._call.served_model, self._tried, refusal)
+        if refusal is not None:
+            self._account.retry(refusal.code)
+        self._account.dispatched(node.name)
+        self._request.log["node"] = node.name
+        return node
+
+    def _go_on(self, node: Node, error: CortexError) -> CortexError:
+        log.info("node refused id=%s node=%s error=%r", self._request.id, node.name, error.message)
+        return error
+
+    def _body_for_node(self) -> bytes:
+        """The client's bytes; edited only for an alias, and to get the usage of a stream."""
+        call = self._call
+        changes: dict[str, object] = {"model": call.served_model} if call.renamed else {}
+        if call.stream and not call.wants_usage:
+            changes |= ASK_FOR_USAGE
+        return edit_top_level(call.body, changes) if changes else call.body
+
+    def _read_along(self, node: Node, answer: bytes) -> None:
+        """Usage for the account. Raises NodeLost if the answer is no JSON object."""
+        seen = peek(answer)
+        if seen.error is not None or not answer.lstrip().startswith(b"{"):
+            raise NodeLost(f"Node {node.name} answered with something else than a completion.")
+        self._account.saw_usage(seen)
+
+
+def _failure(node: Node, data: bytes) -> CortexError:
+    """The error that a node reported in the middle of its stream."""
+    told = msgspec.json.decode(data)["error"]
+    message = told.get("message") if isinstance(told, dict) else told
+    code = told.get("code") if isinstance(told, dict) else None
+    return NodeLost(f"Node {node.name} failed: {message}", code=code if isinstance(code, str) else None)

@@ -1,0 +1,208 @@
+"""HTTP/1.1 as a client: one connection, one request on it at a time, and the reply to it.
+
+Foreign failures (the socket's, h11's) end here and become NodeLost or UpstreamTimeout that name the
+origin. Does not know about pools: whoever owns the connection says where it goes after a reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from types import TracebackType
+from typing import Final
+
+import h11
+import msgspec
+
+from cortex.web.idle import CallLater, Clock, IdleTimer
+from cortex.web.stream import Stream
+from cortex.wire.errors import CortexError, NodeLost, UpstreamTimeout
+
+MAX_HEAD: Final = 64 * 1024
+"""Bytes of status line and headers that an upstream may send."""
+
+READ_LIMIT: Final = 64 * 2**20
+
+
+class ConnectFailed(NodeLost):
+    """No connection came about: nothing was sent, so another node may be asked."""
+
+    default_code = "connect_failed"
+
+
+class Patience(msgspec.Struct, frozen=True):
+    """How long silence is borne: `limit` seconds, and on as long as `is_alive` says so."""
+
+    limit: float
+    is_alive: Callable[[], bool] | None = None
+
+
+class Connection:
+    """A connection to `origin`. After any error it can only be closed."""
+
+    def __init__(self, stream: Stream, origin: str, *, clock: Clock, call_later: CallLater) -> None:
+        self.origin = origin
+        self.complete = False
+        self.idle_since = 0.0
+        self._stream = stream
+        self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
+        self._idle = IdleTimer(0.0, self._expired, clock, call_later)
+        self._is_alive: Callable[[], bool] | None = None
+        self._unsent = 0
+        self._broken: CortexError | None = None
+
+    def quiet(self) -> bool:
+        """True if the peer has neither closed the connection nor sent what nobody asked for."""
+        return self._broken is None and self._stream.quiet()
+
+    def send(self, request: h11.Request, body: bytes, patience: Patience) -> None:
+        """Hand over a whole request. Raises OSError if the connection is closed and nothing was sent."""
+        self.complete = False
+        self._idle.limit = patience.limit
+        self._is_alive = patience.is_alive
+        head = self._h11.send(request)
+        if body:
+            parts = self._h11.send_with_data_passthrough(h11.Data(data=body)) or []
+            end = self._h11.send(h11.EndOfMessage())
+            if len(body) <= MAX_HEAD:
+                self._stream.write(b"".join((head, *parts, end)))
+            else:
+                self._stream.write(head, *parts, end)
+        else:
+            self._stream.write(head + self._h11.send(h11.EndOfMessage()))
+
+    async def head(self) -> h11.Response:
+        """Status and headers of the reply; informational replies before it are passed over."""
+        while True:
+            event = self._next_event()
+            if event is h11.NEED_DATA:
+                data = await self._read()
+                if not data and not self._h11.trailing_data[0]:
+                    raise NodeLost(f"{self.origin} closed the connection without an answer.")
+                self._h11.receive_data(data)
+            elif isinstance(event, h11.Response):
+                return event
+
+    async def body(self) -> bytes:
+        """Body data that came with one socket read; b"" once the body is `complete`."""
+        parts: list[bytes] = []
+        while not self.complete:
+            event = self._next_event()
+            if isinstance(event, h11.Data):
+                parts.append(event.data)
+            elif event is h11.NEED_DATA:
+                if parts:
+                    break
+                self._h11.receive_data(await self._read())
+            else:
+                self.complete = True
+        return b"".join(parts)
+
+    def recycle(self) -> bool:
+        """Make ready for the next request; False if the connection cannot be used again."""
+        self._idle.close()
+        if not self.complete or self._broken or self._stream.unsent():
+            return False
+        if self._h11.trailing_data[0]:
+            return False
+        try:
+            self._h11.start_next_cycle()
+        except h11.LocalProtocolError:
+            # Either side had announced that it will close.
+            return False
+        return True
+
+    def abort(self, error: CortexError) -> None:
+        """Break the connection: whoever reads from it, now or later, gets `error`."""
+        self._broken = self._broken or error
+        self.close()
+
+    def close(self) -> None:
+        self._idle.close()
+        self._stream.close()
+
+    def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        try:
+            return self._h11.next_event()
+        except h11.RemoteProtocolError as error:
+            raise NodeLost(f"{self.origin} broke off its answer, or sent no HTTP: {error}.") from None
+
+    async def _read(self) -> bytes:
+        self._unsent = self._stream.unsent()
+        self._idle.begin()
+        try:
+            data = await self._stream.read()
+        except OSError as error:
+            raise self._broken or NodeLost(f"The connection to {self.origin} broke: {error}.") from None
+        finally:
+            self._idle.end()
+        if self._broken is not None:
+            raise self._broken
+        return data
+
+    def _expired(self) -> None:
+        unsent = self._stream.unsent()
+        if unsent < self._unsent:
+            # A long request is still on its way: that is progress too.
+            self._unsent = unsent
+            self._idle.begin()
+            return
+        if self._is_alive is not None and self._is_alive():
+            self._idle.begin()
+            return
+        self.abort(UpstreamTimeout(f"{self.origin} was silent for {self._idle.limit:g} s."))
+
+
+class Reply:
+    """A reply whose head has come. An async context manager: leaving it gives the connection back.
+
+    A connection whose body was read to its end is used again, any other is closed.
+    """
+
+    def __init__(
+        self, head: h11.Response, connection: Connection, release: Callable[[Connection], None]
+    ) -> None:
+        self.status = head.status_code
+        self.headers: dict[str, str] = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(list(head.headers))
+        }
+        self._connection: Connection | None = connection
+        self._release = release
+
+    async def __aenter__(self) -> Reply:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The body, once: all that one socket read delivered is one item.
+
+        Raises NodeLost if the body is cut or the connection aborted, UpstreamTimeout after silence.
+        """
+        while (connection := self._connection) is not None:
+            data = await connection.body()
+            if connection.complete:
+                self._give_back()
+            if data:
+                yield data
+
+    async def read(self, limit: int = READ_LIMIT) -> bytes:
+        """The whole body. Raises NodeLost over `limit` bytes, else as `chunks`."""
+        parts: list[bytes] = []
+        size = 0
+        async for data in self.chunks():
+            size += len(data)
+            if size > limit:
+                raise NodeLost(f"The answer is larger than {limit} bytes.", code="reply_too_large")
+            parts.append(data)
+        return b"".join(parts)
+
+    async def aclose(self) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._release(connection)

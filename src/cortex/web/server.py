@@ -1,0 +1,122 @@
+"""Serves ASGI apps on TCP with hypercorn, until it is told to stop.
+
+Sockets are bound and listening before anything else happens, so that a port in use is an error of the
+start and port 0 works. The caller chooses the event loop. Does not know what the apps are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final, cast
+
+import hypercorn.asyncio
+from hypercorn.config import Config
+from hypercorn.typing import ASGIFramework
+
+from cortex.web.asgi import ASGIApp
+
+KEEP_ALIVE_S: Final = 75.0
+"""How long an idle client connection is kept: longer than clients' pools keep theirs."""
+
+STALLED_MS: Final = 60_000
+"""A peer that acknowledges nothing for so long loses its connection, whatever still waits to be sent."""
+
+_BACKLOG: Final = 1024
+_MAX_HEAD: Final = 64 * 1024
+
+
+class BindError(Exception):
+    """An address cannot be listened on; the message names it and says why."""
+
+
+async def serve(
+    listeners: Sequence[tuple[str, ASGIApp]],
+    *,
+    stop: asyncio.Event,
+    on_ready: Callable[[list[str]], None] | None = None,
+    drain_s: float = 30.0,
+) -> None:
+    """Serve each app on its `host:port` until `stop`, then let running requests end for `drain_s` seconds.
+
+    `on_ready` gets the real addresses, in order, when connections are accepted. Raises BindError.
+    """
+    sockets = bind_all([bind for bind, _ in listeners])
+    addresses = [_shown(sock) for sock in sockets]
+    async with asyncio.TaskGroup() as servers:
+        for sock, (_, app) in zip(sockets, listeners, strict=True):
+            servers.create_task(_serve(sock, app, stop, drain_s))
+        if on_ready is not None:
+            on_ready(addresses)
+
+
+def bind_all(binds: Sequence[str]) -> list[socket.socket]:
+    """Listening sockets for `host:port` addresses, all or none. Raises BindError."""
+    sockets: list[socket.socket] = []
+    try:
+        for bind in binds:
+            sockets.append(_bind(bind))
+    except BindError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def _bind(bind: str) -> socket.socket:
+    host, colon, port = bind.rpartition(":")
+    host = host.strip("[]")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise BindError(f"cannot listen on {bind!r}: expected host:port, such as 127.0.0.1:8080")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise BindError(f"cannot listen on {bind}: {_cause(error)}") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Accepted sockets inherit it. A server cannot drop what a stalled client never takes; the kernel can.
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise BindError(f"cannot listen on {bind}: {_cause(error)}") from None
+    return sock
+
+
+async def _serve(sock: socket.socket, app: ASGIApp, stop: asyncio.Event, drain_s: float) -> None:
+    config = Config()
+    # hypercorn takes the descriptor over, and closes it.
+    config.bind = [f"fd://{sock.detach()}"]
+    config.backlog = _BACKLOG
+    config.accesslog = None
+    config.errorlog = _log_of_hypercorn()
+    config.include_server_header = False
+    config.keep_alive_timeout = KEEP_ALIVE_S
+    config.keep_alive_max_requests = 1_000_000
+    config.graceful_timeout = drain_s
+    config.h11_max_incomplete_size = _MAX_HEAD
+    await hypercorn.asyncio.serve(cast(ASGIFramework, app), config, shutdown_trigger=stop.wait, mode="asgi")
+
+
+def _log_of_hypercorn() -> logging.Logger:
+    """Its warnings and errors go where ours go; that it runs, others say."""
+    logger = logging.getLogger("cortex.web.hypercorn")
+    logger.setLevel(logging.WARNING)
+    return logger
+
+
+def _shown(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _cause(error: OSError | UnicodeError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

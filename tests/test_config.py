@@ -1,0 +1,134 @@
+"""Configuration: files as users have them load, and every mistake is one line that helps."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cortex.config import (
+    ConfigError,
+    GatewayConfig,
+    ModelsConfig,
+    NeuronConfig,
+    all_keys,
+    load_gateway,
+    load_models,
+    load_neuron,
+)
+
+GOOD = """
+[gateway]
+listen = "0.0.0.0:31313"
+metrics_listen = "0.0.0.0:31314"
+[eviction]
+strategy = "lru"
+defrag_after_cycles = 50
+[[neurons]]
+name = "beast"
+endpoint = "http://beast.internal:13131"
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="cortex.toml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_the_file_that_users_have_loads(write):
+    config = load_gateway(write(GOOD), {})
+    assert config.gateway.listen == "0.0.0.0:31313"
+    assert [node.name for node in config.neurons] == ["beast"]
+
+
+def test_without_a_file_there_are_defaults():
+    assert load_gateway(None, {}) == GatewayConfig()
+    assert load_neuron(None, {}) == NeuronConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[gateway]\nlisten = 3", ["gateway.listen", "expected `str`", "`int`"]),
+        ('[gateway]\nlisen = "x"', ["gateway.lisen", "'listen'"]),
+        ('[gatway]\nlisten = "x"', ["gatway", "'gateway'"]),
+        ('[[nodes]]\nname = "x"', ["nodes", "[[neurons]]"]),
+        ('[[neurons]]\nname = "x"\nendpoint = "http://x"\nvram_mb = 1', ["neurons.vram_mb", "leave it out"]),
+        ('[entitlements]\nrequire_auth = true', ["entitlements", "[[keys]]"]),
+        ('[[neurons]]\nname = "x"', ["neurons[0]", "endpoint"]),
+        ('[[neurons]]\nname = "x"\nendpoint = "beast:1"', ["neurons.x.endpoint", "http://"]),
+        ('[[neurons]]\nname="x"\nendpoint="http://a"\n[[neurons]]\nname="x"\nendpoint="http://b"', ["twice"]),
+        ("x = = 1", ["not valid TOML", "line 1"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_file_key_and_remedy(write, text, told):
+    path = write(text)
+    with pytest.raises(ConfigError) as refused:
+        load_gateway(path, {})
+    message = str(refused.value)
+    assert "\n" not in message
+    for part in [str(path), *told]:
+        assert part in message
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: there is no such file"):
+        load_gateway(tmp_path / "nowhere.toml", {})
+
+
+def test_the_environment_wins(write):
+    environ = {"CORTEX_GATEWAY__LISTEN": "127.0.0.1:1", "CORTEX_GATEWAY__ALLOW_ANONYMOUS": "true"}
+    section = load_gateway(write(GOOD), environ).gateway
+    assert (section.listen, section.allow_anonymous) == ("127.0.0.1:1", True)
+    assert load_neuron(None, {"NEURON_HARNESS__TORCH__THREADS": "3"}).harness.torch.threads == 3
+
+
+def test_a_misspelt_variable_is_refused_and_a_strangers_is_not():
+    with pytest.raises(ConfigError, match=r"CORTEX_GATEWAY__LISEN: .*'listen'"):
+        load_gateway(None, {"CORTEX_GATEWAY__LISEN": "x"})
+    load_gateway(None, {"CORTEX_ENDPOINT": "x", "CORTEX_API_KEY": "k", "CORTEX_SOMETHING": "1"})
+
+
+def test_a_variable_of_the_wrong_type_is_refused():
+    with pytest.raises(ConfigError, match=r"gateway\.body_limit_mb: expected `int`"):
+        load_gateway(None, {"CORTEX_GATEWAY__BODY_LIMIT_MB": "lots"})
+
+
+def test_the_catalogue_stands_beside_the_config_or_where_it_says(write):
+    path = write(GOOD)
+    assert load_models(load_gateway(path, {}), path) == ModelsConfig()
+    write('[[models]]\nid = "m"\n[aliases]\na = "m"', "models.toml")
+    models = load_models(load_gateway(path, {}), path)
+    assert [model.id for model in models.models] == ["m"]
+    assert models.aliases == {"a": "m"}
+    write('[[models]]\nid = "n"', "other.toml")
+    path = write('models_config = "other.toml"\n' + GOOD)
+    assert [model.id for model in load_models(load_gateway(path, {}), path).models] == ["n"]
+
+
+def test_a_named_catalogue_that_is_missing_or_wrong_never_becomes_an_empty_one(write):
+    path = write('models_config = "absent.toml"\n' + GOOD)
+    with pytest.raises(ConfigError, match=r"absent\.toml: there is no such file"):
+        load_models(load_gateway(path, {}), path)
+    write('[[models]]\nid = "m"\nresidency_priority = 3', "models.toml")
+    path = write(GOOD)
+    with pytest.raises(ConfigError, match=r"models\.residency_priority: .*write priority"):
+        load_models(load_gateway(path, {}), path)
+
+
+def test_all_keys_are_paths_that_load_knows():
+    assert {"gateway.listen", "neurons.endpoint", "models_config"} <= set(all_keys(GatewayConfig))
+    assert {"harness.torch.threads", "default_models.source"} <= set(all_keys(NeuronConfig))
+
+
+@given(st.text(max_size=200))
+def test_any_text_loads_or_is_refused(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    try:
+        assert isinstance(load_gateway(path, {}), GatewayConfig)
+    except ConfigError as error:
+        assert "\n" not in str(error)
