@@ -126,6 +126,15 @@ class AsgiExchange:
     def send_body(self, data: bytes, *, more: bool) -> None:
         self._inbox.put_nowait({"type": "http.request", "body": data, "more_body": more})
 
+    @property
+    def done(self) -> bool:
+        """The app is done with this request."""
+        return self._app.done()
+
+    def cancel(self) -> None:
+        """The server gives up: it cancels the app."""
+        self._app.cancel()
+
     def disconnect(self) -> None:
         """The client leaves, now."""
         if not self.disconnected:

@@ -85,11 +85,12 @@ class _MemoryHost:
         server = _Server(self.app, far, self._ports, self.awake)
         task = asyncio.get_running_loop().create_task(server.run())
         self.open[task] = far
-        task.add_done_callback(self.open.pop)
+        task.add_done_callback(lambda done: self.open.pop(done, None))
         return near
 
     def reset(self) -> None:
-        for task, stream in self.open.items():
+        while self.open:
+            task, stream = self.open.popitem()
             stream.reset()
             task.cancel()
 

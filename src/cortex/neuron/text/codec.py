@@ -1,0 +1,215 @@
+"""The text side of a model from its files: tokenizer, chat template, end tokens, sampling defaults.
+
+Knows where a GGUF file and a model directory keep these facts. Knows no requests and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from tokenizers import Tokenizer
+
+from cortex.hookspecs import Detokenizer, SamplingDefaults
+from cortex.neuron.text.detokenize import IncrementalDetokenizer, TokenBytes
+from cortex.neuron.text.template import DEFAULT, ChatTemplate
+from cortex.neuron.text.tokenizer import (
+    kind_of,
+    special_tokens,
+    tokenizer_from_file,
+    tokenizer_from_gguf,
+    vocabulary,
+)
+from cortex.wire.errors import BadRequest, LoadFailed
+
+END_TOKENS: Final = frozenset(
+    {
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|return|>",
+        "<|endofturn|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<end_of_turn>",
+        "<EOT>",
+        "<｜end▁of▁sentence｜>",
+        "</s>",
+    }
+)
+"""Texts that end a turn or a document in the vocabularies known to us."""
+
+_ROLES: Final = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""Template variable -> the name of its id in GGUF metadata."""
+
+
+class TextCodec:
+    """The Codec of a model whose text runs through `tokenizers`.
+
+    Stop ids are the declared ends plus every special token whose text is one of END_TOKENS: files often
+    declare only one of several. `bos` is the id that prompts must begin with, if any; it is added where
+    the template has not put it there.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        *,
+        ends: frozenset[int],
+        bos: int | None,
+        defaults: SamplingDefaults,
+    ) -> None:
+        known = {id for text, id in special_tokens(tokenizer).items() if text in END_TOKENS}
+        self._tokenizer = tokenizer
+        self._template = template
+        self._stop_ids = tuple(sorted(ends | known))
+        self._bos = bos
+        self._defaults = defaults
+        self._bytes = TokenBytes(tokenizer)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self._stop_ids
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        return self._defaults
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The prompt for a conversation. Raises BadRequest with the template's own complaint."""
+        return self._template.render(messages, **variables)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt; special tokens in the text count. Raises BadRequest for lone surrogates."""
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError):
+            raise BadRequest("The prompt holds a lone surrogate, which is no character.") from None
+        if self._bos is not None and ids[:1] != [self._bos]:
+            return [self._bos, *ids]
+        return ids
+
+    def detokenizer(self) -> Detokenizer:
+        return IncrementalDetokenizer(self._bytes)
+
+
+def codec_from_gguf(metadata: Mapping[str, Any], *, now: Callable[[], datetime] = datetime.now) -> TextCodec:
+    """From a GGUF file's metadata. Raises LoadFailed for a tokenizer that is broken or not supported."""
+    tokens, _ = vocabulary(metadata)
+
+    def declared(role: str) -> int | None:
+        key = f"tokenizer.ggml.{role}_token_id"
+        id = metadata.get(key)
+        if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
+            raise LoadFailed(f"{key} is {id!r}, which is no id of the {len(tokens)} tokens in the file.")
+        return id
+
+    texts = {name: tokens[id] for name, role in _ROLES.items() if (id := declared(role)) is not None}
+    ends = {id for role in ("eos", "eot", "eom") if (id := declared(role)) is not None}
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind_of(metadata).add_bos)
+    return TextCodec(
+        tokenizer_from_gguf(metadata),
+        ChatTemplate(_gguf_templates(metadata), special_tokens=texts, now=now),
+        ends=frozenset(ends),
+        bos=declared("bos") if adds_bos else None,
+        defaults=_defaults(metadata, "general.sampling.temp", "general.sampling."),
+    )
+
+
+def codec_from_directory(path: Path, *, now: Callable[[], datetime] = datetime.now) -> TextCodec:
+    """From the files of a model directory in Hugging Face's layout.
+
+    Reads tokenizer.json, tokenizer_config.json, config.json, generation_config.json and the chat template
+    (chat_template.jinja before chat_template.json before tokenizer_config.json). Raises LoadFailed.
+    """
+    tokenizer = tokenizer_from_file(path / "tokenizer.json")
+    config, settings, generation = (
+        _read_json(path / name) for name in ("config.json", "tokenizer_config.json", "generation_config.json")
+    )
+    texts = {name: text for name in _ROLES if (text := _token_text(settings.get(name)))}
+    ends = {id for source in (config, config.get("text_config"), generation) for id in _end_ids(source)}
+    eos = tokenizer.token_to_id(texts["eos_token"]) if "eos_token" in texts else None
+    bos = tokenizer.token_to_id(texts["bos_token"]) if "bos_token" in texts else None
+    return TextCodec(
+        tokenizer,
+        ChatTemplate(_directory_templates(path, settings), special_tokens=texts, now=now),
+        ends=frozenset(ends if eos is None else ends | {eos}),
+        bos=bos if settings.get("add_bos_token") is True else None,
+        defaults=_defaults(generation, "temperature", ""),
+    )
+
+
+def _defaults(found: Mapping[str, Any], temperature: str, prefix: str) -> SamplingDefaults:
+    """Values that are no numbers are left out: a recommendation is no reason to refuse a model."""
+
+    def number(name: str) -> float | None:
+        value = found.get(name)
+        return value if isinstance(value, int | float) else None
+
+    top_k = number(f"{prefix}top_k")
+    return SamplingDefaults(
+        temperature=number(temperature),
+        top_k=None if top_k is None else int(top_k),
+        top_p=number(f"{prefix}top_p"),
+        min_p=number(f"{prefix}min_p"),
+    )
+
+
+def _gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    key = "tokenizer.chat_template"
+    names = {name: f"{key}.{name}" for name in metadata.get("tokenizer.chat_templates", ())}
+    names[DEFAULT] = key
+    return {name: source for name, key in names.items() if isinstance(source := metadata.get(key), str)}
+
+
+def _directory_templates(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    jinja = path / "chat_template.jinja"
+    if jinja.is_file():
+        return {DEFAULT: _read(jinja).decode("utf-8", "replace")}
+    found = _read_json(path / "chat_template.json").get("chat_template") or settings.get("chat_template")
+    if isinstance(found, str):
+        return {DEFAULT: found}
+    return dict(_named_templates(found)) if isinstance(found, list) else {}
+
+
+def _named_templates(entries: Sequence[Any]) -> Iterator[tuple[str, str]]:
+    for entry in entries:
+        match entry:
+            case {"name": str(name), "template": str(source)}:
+                yield name, source
+
+
+def _token_text(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _end_ids(source: Any) -> list[int]:
+    found = source.get("eos_token_id") if isinstance(source, dict) else None
+    return [id for id in (found if isinstance(found, list) else [found]) if isinstance(id, int)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, {} if the file is not there. Raises LoadFailed if it holds anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        value = msgspec.json.decode(_read(path))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise LoadFailed(f"{path} is no valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise LoadFailed(f"{path} must hold a JSON object.")
+    return value
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LoadFailed(f"{path} cannot be read: {error.strerror}.") from None

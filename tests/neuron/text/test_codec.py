@@ -1,0 +1,206 @@
+"""The text side of a model from a GGUF file's metadata and from a model directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from cortex.hookspecs import SamplingDefaults
+from cortex.neuron.text.codec import TextCodec, codec_from_directory, codec_from_gguf
+from cortex.neuron.weights.gguf import read_header
+from cortex.wire.errors import BadRequest, LoadFailed
+
+Metadata = Callable[..., dict[str, Any]]
+USER = {"role": "user", "content": "hi"}
+
+
+def names(codec: TextCodec, metadata: dict[str, Any]) -> list[str]:
+    return [metadata["tokenizer.ggml.tokens"][id] for id in codec.stop_ids]
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+
+def test_every_declared_end_and_every_well_known_one_stops(gguf_metadata: Metadata) -> None:
+    metadata = gguf_metadata()
+    assert set(names(codec_from_gguf(metadata), metadata)) == {"<|im_end|>", "<|endoftext|>"}
+    metadata["tokenizer.ggml.eot_token_id"] = metadata["tokenizer.ggml.tokens"].index("a")
+    assert set(names(codec_from_gguf(metadata), metadata)) == {"<|im_end|>", "<|endoftext|>", "a"}
+
+
+def test_an_end_that_is_only_text_does_not_stop(gguf_metadata: Metadata) -> None:
+    metadata = gguf_metadata()
+    end = metadata["tokenizer.ggml.tokens"].index("<|endoftext|>")
+    metadata["tokenizer.ggml.token_type"][end] = 1
+    assert names(codec_from_gguf(metadata), metadata) == ["<|im_end|>"]
+
+
+@pytest.mark.parametrize("role", ["bos", "eos", "eot", "padding"])
+@pytest.mark.parametrize("id", [10**6, -1, "7"])
+def test_a_special_id_outside_the_vocabulary_is_refused(role: str, id: Any, gguf_metadata: Metadata) -> None:
+    with pytest.raises(LoadFailed, match=f"tokenizer.ggml.{role}_token_id"):
+        codec_from_gguf(gguf_metadata(**{f"{role}_token_id": id}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "adds"),
+    [
+        ("qwen2", True, True),
+        ("qwen2", False, False),
+        ("qwen2", None, False),
+        ("llama-bpe", None, True),
+        ("llama-bpe", False, False),
+    ],
+)
+def test_bos_is_added_where_the_model_demands_it_and_never_twice(
+    kind: str, flag: bool | None, adds: bool, gguf_metadata: Metadata
+) -> None:
+    metadata = gguf_metadata(kind, add_bos_token=flag)
+    codec = codec_from_gguf(metadata)
+    bos = metadata["tokenizer.ggml.bos_token_id"]
+    plain = metadata["tokenizer.ggml.tokens"].index("a")
+    assert codec.encode("a") == ([bos, plain] if adds else [plain])
+    assert codec.encode("<|im_start|>a") == [bos, plain]
+    assert codec.encode("") == ([bos] if adds else [])
+
+
+def test_templates_see_the_special_tokens(gguf_metadata: Metadata) -> None:
+    metadata = gguf_metadata() | {
+        "tokenizer.chat_template": "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}"
+    }
+    assert codec_from_gguf(metadata).render([USER]) == "<|im_start|>|<|im_end|>|"
+
+
+def test_named_templates_are_found(gguf_metadata: Metadata) -> None:
+    metadata = gguf_metadata() | {
+        "tokenizer.chat_template": "plain",
+        "tokenizer.chat_templates": ["tool_use", "gone"],
+        "tokenizer.chat_template.tool_use": "tools",
+    }
+    codec = codec_from_gguf(metadata)
+    assert codec.render([USER]) == "plain"
+    assert codec.render([USER], tools=[{"type": "function"}]) == "tools"
+
+
+def test_without_a_template_only_chat_is_refused(gguf_metadata: Metadata) -> None:
+    codec = codec_from_gguf(gguf_metadata())
+    assert codec.encode("the")
+    with pytest.raises(BadRequest, match="no chat template"):
+        codec.render([USER])
+
+
+def test_recommended_sampling_is_read(gguf_metadata: Metadata) -> None:
+    assert codec_from_gguf(gguf_metadata()).defaults == SamplingDefaults()
+    recommended = {"temp": 0.5, "top_k": 20, "top_p": "odd", "min_p": 0.05}
+    metadata = gguf_metadata() | {f"general.sampling.{name}": value for name, value in recommended.items()}
+    assert codec_from_gguf(metadata).defaults == SamplingDefaults(temperature=0.5, top_k=20, min_p=0.05)
+
+
+def test_a_lone_surrogate_is_a_bad_request(gguf_metadata: Metadata) -> None:
+    with pytest.raises(BadRequest, match="surrogate"):
+        codec_from_gguf(gguf_metadata()).encode("a\ud800b")
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "ends"),
+    [("smollm2_path", {"<|endoftext|>", "<|im_end|>"}), ("qwen_coder_path", {"<|endoftext|>", "<|im_end|>"})],
+)
+def test_a_real_file_gives_a_codec(model: str, ends: set[str], request: pytest.FixtureRequest) -> None:
+    metadata = read_header(request.getfixturevalue(model)).metadata
+    codec = codec_from_gguf(metadata)
+    assert set(names(codec, metadata)) == ends
+    prompt = codec.render([USER], add_generation_prompt=True)
+    ids = codec.encode(prompt)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert "".join(tokens[id] for id in ids).endswith("<|im_end|>Ċ<|im_start|>assistantĊ")
+    spoken = codec.detokenizer()
+    assert "".join(spoken.feed([id]) for id in codec.encode("Grüße 🙂!")) + spoken.flush() == "Grüße 🙂!"
+
+
+# --- directories ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def directory(tmp_path: Path, trained: Callable[[str], Tokenizer]) -> Callable[..., Path]:
+    """A model directory; keywords are JSON files by name, or text for a .jinja file."""
+
+    def make(**files: Any) -> Path:
+        trained("qwen2").save(str(tmp_path / "tokenizer.json"))
+        for name, content in files.items():
+            suffix = ".jinja" if name == "chat_template" and isinstance(content, str) else ".json"
+            text = content if isinstance(content, str) else json.dumps(content)
+            (tmp_path / f"{name}{suffix}").write_text(text)
+        return tmp_path
+
+    return make
+
+
+def id_of(token: str, path: Path) -> int:
+    found = Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id(token)
+    assert found is not None
+    return found
+
+
+def test_a_directory_with_only_a_tokenizer_is_enough(directory: Callable[..., Path]) -> None:
+    path = directory()
+    codec = codec_from_directory(path)
+    assert set(codec.stop_ids) == {id_of("<|im_end|>", path), id_of("<|endoftext|>", path)}
+    assert codec.encode("a<|im_end|>") == [id_of("a", path), id_of("<|im_end|>", path)]
+    assert codec.defaults == SamplingDefaults()
+
+
+def test_ends_come_from_every_file_that_names_some(directory: Callable[..., Path]) -> None:
+    path = directory()
+    a, b, c, d = (id_of(token, path) for token in "abcd")
+    directory(
+        config={"eos_token_id": a, "text_config": {"eos_token_id": [b]}},
+        generation_config={"eos_token_id": [c, id_of("<|im_end|>", path)], "temperature": 0.6, "top_k": 50},
+        tokenizer_config={"eos_token": {"content": "d", "special": True}},
+    )
+    codec = codec_from_directory(path)
+    assert set(codec.stop_ids) == {a, b, c, d, id_of("<|im_end|>", path), id_of("<|endoftext|>", path)}
+    assert codec.defaults == SamplingDefaults(temperature=0.6, top_k=50)
+
+
+def test_a_directory_adds_bos_only_where_it_says_so(directory: Callable[..., Path]) -> None:
+    path = directory(tokenizer_config={"bos_token": "<|im_start|>"})
+    assert codec_from_directory(path).encode("a") == [id_of("a", path)]
+    directory(tokenizer_config={"bos_token": "<|im_start|>", "add_bos_token": True})
+    expected = [id_of("<|im_start|>", path), id_of("a", path)]
+    assert codec_from_directory(path).encode("a") == expected
+    assert codec_from_directory(path).encode("<|im_start|>a") == expected
+
+
+def test_the_template_s_own_file_comes_first(directory: Callable[..., Path]) -> None:
+    listed = [{"name": "default", "template": "listed"}, {"name": "tool_use", "template": "for tools"}, {}]
+    path = directory(tokenizer_config={"chat_template": listed})
+    assert codec_from_directory(path).render([USER]) == "listed"
+    assert codec_from_directory(path).render([USER], tools=[{}]) == "for tools"
+    directory(tokenizer_config={"chat_template": "in config {{ eos_token }}", "eos_token": "<|im_end|>"})
+    assert codec_from_directory(path).render([USER]) == "in config <|im_end|>"
+    directory(chat_template={"chat_template": "in json"})
+    assert codec_from_directory(path).render([USER]) == "in json"
+    directory(chat_template="in jinja")
+    assert codec_from_directory(path).render([USER]) == "in jinja"
+
+
+@pytest.mark.parametrize("name", ["config", "generation_config", "tokenizer_config"])
+@pytest.mark.parametrize("content", ["{", "[]", "7"])
+def test_a_broken_file_is_refused_with_its_path(
+    name: str, content: str, directory: Callable[..., Path]
+) -> None:
+    path = directory(**{name: content})
+    with pytest.raises(LoadFailed, match=rf"{name}\.json"):
+        codec_from_directory(path)
+
+
+def test_a_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoadFailed, match=r"tokenizer\.json is missing"):
+        codec_from_directory(tmp_path)
