@@ -20,6 +20,7 @@ from cortex.wire.errors import CortexError, NodeLost, UpstreamTimeout
 MAX_HEAD: Final = 64 * 1024
 """Bytes of status line and headers that an upstream may send."""
 
+_VERSION: Final = b"HTTP/"
 READ_LIMIT: Final = 64 * 2**20
 
 
@@ -72,12 +73,14 @@ class Connection:
 
     async def head(self) -> h11.Response:
         """Status and headers of the reply; informational replies before it are passed over."""
+        first = True
         while True:
             event = self._next_event()
             if event is h11.NEED_DATA:
                 data = await self._read()
-                if not data and not self._h11.trailing_data[0]:
-                    raise NodeLost(f"{self.origin} closed the connection without an answer.")
+                if first:
+                    self._check_beginning(data)
+                    first = False
                 self._h11.receive_data(data)
             elif isinstance(event, h11.Response):
                 return event
@@ -86,6 +89,8 @@ class Connection:
         """Body data that came with one socket read; b"" once the body is `complete`."""
         parts: list[bytes] = []
         while not self.complete:
+            if self._broken is not None:
+                raise self._broken
             event = self._next_event()
             if isinstance(event, h11.Data):
                 parts.append(event.data)
@@ -119,6 +124,13 @@ class Connection:
     def close(self) -> None:
         self._idle.close()
         self._stream.close()
+
+    def _check_beginning(self, data: bytes) -> None:
+        """A peer of another kind may say a line and wait: h11 would wait for the end of the headers."""
+        if not data:
+            raise NodeLost(f"{self.origin} closed the connection without an answer.")
+        if not data.startswith(_VERSION[: len(data)]):
+            raise NodeLost(f"{self.origin} sent no HTTP: its answer begins with {data[:24]!r}.")
 
     def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         try:

@@ -16,6 +16,10 @@ from cortex.web.idle import CallLater, Clock, IdleTimer
 from cortex.wire.errors import TooLarge
 
 STALL_S: Final = 60.0
+"""Seconds for which a client may neither give nor take anything."""
+
+_LINGER: Final = 4
+"""How many times the cap is read and thrown away of a body that was refused."""
 
 
 class ClientGone(Exception):
@@ -106,12 +110,12 @@ class Exchange:
         """Answer a request whose body was not read, and read on for a while; False if the client left.
 
         A server that stops reading resets the connection, and the client, still busy sending, may
-        never see why. At most as much is thrown away as the cap allows, and not for long.
+        never see why. What is thrown away is bounded, in bytes and in time.
         """
         await self.write(data)
         self._idle.begin()
         size, more = 0, True
-        while more and size <= self._cap:
+        while more and size <= _LINGER * self._cap:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 return False

@@ -39,4 +39,6 @@ class Heartbeat:
 
     async def _run(self) -> None:
         await self._beat()
-        self._idle.begin()
+        if self._beating is asyncio.current_task():
+            # Otherwise `end` waits for this beat, and the silence is over.
+            self._idle.begin()

@@ -136,7 +136,8 @@ class Service:
         async def put(data: bytes) -> None:
             if not exchange.started:
                 await exchange.start(200, head)
-            await exchange.write(data)
+            if request.method != "HEAD":
+                await exchange.write(data)
 
         async def beat() -> None:
             if reply.keep_alive is not None:
@@ -145,8 +146,7 @@ class Service:
         heartbeat = Heartbeat(KEEP_ALIVE_S, beat, self._clock, self._call_later)
         outcome = "ok"
         try:
-            if request.method != "HEAD":
-                await _pump(reply, heartbeat, put)
+            await _pump(reply, heartbeat, put, once=request.method == "HEAD")
         except ClientGone:
             raise
         except Exception as error:
@@ -169,14 +169,21 @@ class Service:
         return Internal(f"Something went wrong here; the log has it under request id {request.id}.")
 
 
-async def _pump(reply: EventStream, heartbeat: Heartbeat, put: Callable[[bytes], Awaitable[None]]) -> None:
-    """Every item of the source goes out as it comes; signs of life, where wanted, while none does."""
+async def _pump(
+    reply: EventStream, heartbeat: Heartbeat, put: Callable[[bytes], Awaitable[None]], *, once: bool
+) -> None:
+    """Every item of the source goes out as it comes; signs of life, where wanted, while none does.
+
+    With `once` the first item is the last: enough to know the status.
+    """
     if reply.keep_alive is not None:
         heartbeat.begin()
     async for data in reply.source:
         await heartbeat.end()
         if data:
             await put(data)
+            if once:
+                return
         if reply.keep_alive is not None:
             heartbeat.begin()
 

@@ -219,14 +219,16 @@ def encode(value: Open) -> bytes:
 
 
 def to_plain(value: Any) -> Any:
-    """Plain JSON values of `value`, unknown fields of every Struct in it included."""
+    """Plain JSON values of `value`, unknown fields of every Struct in it included, members as they came."""
     if isinstance(value, Open):
         plain = {
             name: to_plain(item)
             for name, item in zip(value.__struct_encode_fields__, _values(value), strict=True)
             if item is not UNSET and not (item is None and value.__struct_config__.omit_defaults)
         }
-        return {**plain, **value.extra}
+        plain.update(value.extra)
+        sent = value.__dict__.get("sent", ())
+        return {name: plain[name] for name in sent if name in plain} | plain
     if isinstance(value, list):
         return [to_plain(item) for item in value]
     return value
@@ -241,6 +243,9 @@ def _keep_unknown(value: Any, plain: Any) -> None:
         known = value.__struct_fields__
         if len(plain) > len(known) or not plain.keys() <= set(known):
             value.extra.update({name: item for name, item in plain.items() if name not in known})
+        if [*(name for name in known if name in plain), *value.extra] != list(plain):
+            # A tool's JSON reaches the model as text, so its members must keep the order they came in.
+            value.__dict__["sent"] = tuple(plain)
         for name in known:
             item = getattr(value, name)
             if isinstance(item, Open | list):
@@ -307,7 +312,7 @@ def peek(data: bytes) -> Peek:
     """Read along; data that is not a chunk (`[DONE]`, another server's extra) peeks as empty."""
     try:
         return _peek.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _NO_PEEK
 
 
