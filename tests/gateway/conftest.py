@@ -54,6 +54,7 @@ class World:
             plugins=load_gateway_plugins([self.recorder], found=()),
             connect=self.network,
             clock=self.clock,
+            call_later=self.clock.call_later,
         )
         self.client = AsgiClient(self.gateway.app)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from typing import Final
 
 from cortex.config import GatewayConfig, ModelsConfig
 from cortex.gateway.auth import Access
@@ -22,10 +23,14 @@ from cortex.gateway.serve import Serving
 from cortex.hookspecs import Dialect, Headers, Incoming, Kind, Operation
 from cortex.plugins import GatewayPlugins, load_gateway_plugins
 from cortex.web.asgi import EventStream, Handler, Request, Response, json_response
+from cortex.web.idle import CallLater, Clock, loop_call_later
 from cortex.web.peers import bearer
 from cortex.web.pool import Pool
 from cortex.web.service import Route, Service
 from cortex.web.stream import Connect, open_tcp
+
+CONNECTIONS_PER_NODE: Final = 1024
+"""Bounds the sockets to one node; requests beyond wait in line here, not in the node's backlog."""
 
 Credential = Callable[[Headers], str | None]
 
@@ -55,12 +60,13 @@ def build_gateway(
     *,
     plugins: GatewayPlugins | None = None,
     connect: Connect = open_tcp,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Clock = time.monotonic,
+    call_later: CallLater = loop_call_later,
 ) -> Gateway:
     """Raises PluginError if a plugin cannot be used."""
     plugins = plugins or load_gateway_plugins()
     section = config.gateway
-    pool = Pool(connect=connect)
+    pool = Pool(connect=connect, per_host=CONNECTIONS_PER_NODE, clock=clock, call_later=call_later)
     fleet = Fleet(NodeClient(node.name, node.endpoint, pool, node.node_token) for node in config.neurons)
     catalogue = _catalogue(models)
     metrics = GatewayMetrics()
@@ -72,7 +78,13 @@ def build_gateway(
         *_dialect_routes(plugins.dialects.values(), serving, listing, access),
         *_own_routes(listing, Operator(fleet), access),
     ]
-    app = Service(routes, clock=clock, body_cap=section.body_limit_mb * 2**20, name="gateway")
+    app = Service(
+        routes,
+        clock=clock,
+        call_later=call_later,
+        body_cap=section.body_limit_mb * 2**20,
+        name="gateway",
+    )
     return Gateway(
         app,
         Service([Route("GET", "/metrics", _metrics_handler(metrics))], clock=clock, name="metrics"),

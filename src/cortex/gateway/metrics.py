@@ -25,6 +25,10 @@ from cortex.web.buckets import (
     TIME_TO_FIRST_TOKEN,
     TOKENS_PER_SECOND,
 )
+from cortex.web.series import Distributions, Numbers
+
+SERVED = ("model", "node")
+"""The labels of everything that a node served."""
 
 DEVICE_READINGS: Mapping[str, str] = {
     "memory_used_bytes": "Memory of the device in use.",
@@ -40,44 +44,62 @@ class GatewayMetrics:
     def __init__(self) -> None:
         registry = self._registry = Registry()
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, registry=registry)
+        self._numbers: list[Numbers] = []
+
+        def numbers(kind: type[Counter | Gauge], name: str, text: str, *labels: str) -> Numbers:
+            series = Numbers(kind(name, text, registry=registry), *labels)
+            self._numbers.append(series)
+            return series
+
+        def times(name: str, text: str, buckets: Sequence[float]) -> Distributions:
+            collector = Histogram(name, text, registry=registry, buckets=buckets)
+            return Distributions(collector, *SERVED)
 
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(name, text, registry=registry)
 
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(name, text, registry=registry, buckets=buckets)
-
-        self._requests = counter("cortex_requests_total", "Requests by how they ended.")
-        self._duration = histogram(
+        self._requests = numbers(
+            Counter, "cortex_requests_total", "Requests by how they ended.", *SERVED, "dialect", "outcome"
+        )
+        self._duration = times(
             "cortex_request_duration_seconds", "From arrival to the last byte.", REQUEST_DURATION
         )
-        self._ttft = histogram(
+        self._ttft = times(
             "cortex_time_to_first_token_seconds",
             "Streamed requests, from arrival to the first token.",
             TIME_TO_FIRST_TOKEN,
         )
-        self._itl = histogram(
+        self._itl = times(
             "cortex_inter_token_latency_seconds",
             "Mean gap between the output events of a streamed request.",
             INTER_TOKEN_LATENCY,
         )
-        self._rate = histogram(
+        self._rate = times(
             "cortex_tokens_per_second", "Completion tokens a second, by request.", TOKENS_PER_SECOND
         )
-        self._prompt = counter("cortex_prompt_tokens_total", "Prompt tokens of requests that were served.")
-        self._completion = counter("cortex_completion_tokens_total", "Completion tokens that were served.")
-        self._cached = counter(
-            "cortex_cached_prompt_tokens_total", "Prompt tokens that a node found in its prefix cache."
-        )
-        self._overhead = histogram(
+        self._overhead = times(
             "cortex_gateway_overhead_seconds",
             "Time in the gateway itself, from the last byte of the request to its dispatch.",
             OVERHEAD,
         )
-        self._in_flight = gauge("cortex_requests_in_flight", "Requests that a node is serving for us.")
-        self._retries = counter("cortex_retries_total", "Requests that went on to another node.")
+        self._prompt = numbers(
+            Counter, "cortex_prompt_tokens_total", "Prompt tokens of requests that were served.", *SERVED
+        )
+        self._completion = numbers(
+            Counter, "cortex_completion_tokens_total", "Completion tokens that were served.", *SERVED
+        )
+        self._cached = numbers(
+            Counter,
+            "cortex_cached_prompt_tokens_total",
+            "Prompt tokens that a node found in its prefix cache.",
+            *SERVED,
+        )
+        self._in_flight = numbers(
+            Gauge, "cortex_requests_in_flight", "Requests that a node is serving for us.", *SERVED
+        )
+        self._retries = numbers(
+            Counter, "cortex_retries_total", "Requests that went on to another node.", "model", "reason"
+        )
         self._node_up = gauge("cortex_node_up", "1 while the node answers polls.")
         self._model_state = gauge("cortex_model_state", "1 for the state that a node reports of a model.")
         self._devices = {
@@ -88,37 +110,36 @@ class GatewayMetrics:
     def on_event(self, event: ObserverEvent) -> None:
         match event:
             case RequestStarted():
-                self._in_flight.inc({"model": event.model, "node": event.node})
+                self._in_flight.add((event.model, event.node))
             case RequestRetried():
-                self._in_flight.dec({"model": event.model, "node": event.node})
-                self._retries.inc({"model": event.model, "reason": event.reason})
+                self._in_flight.add((event.model, event.node), -1)
+                self._retries.add((event.model, event.reason))
             case RequestEnded():
                 self._ended(event)
             case NodePolled():
                 self._node(event)
 
     def _ended(self, event: RequestEnded) -> None:
-        labels = {"model": event.model, "node": event.node}
-        if event.started:
-            self._in_flight.dec(labels)
-        self._requests.inc({**labels, "dialect": event.dialect, "outcome": event.outcome})
+        key = (event.model, event.node)
+        self._requests.add((*key, event.dialect, event.outcome))
         if not event.started:
             return
-        self._duration.observe(labels, event.duration)
-        self._overhead.observe(labels, event.overhead)
+        self._in_flight.add(key, -1)
+        self._duration.observe(key, event.duration)
+        self._overhead.observe(key, event.overhead)
         if event.time_to_first_token is not None:
-            self._ttft.observe(labels, event.time_to_first_token)
+            self._ttft.observe(key, event.time_to_first_token)
         if event.inter_token_latency is not None:
-            self._itl.observe(labels, event.inter_token_latency)
+            self._itl.observe(key, event.inter_token_latency)
         if event.tokens_per_second is not None:
-            self._rate.observe(labels, event.tokens_per_second)
-        for tokens, collector in (
+            self._rate.observe(key, event.tokens_per_second)
+        for tokens, series in (
             (event.prompt_tokens, self._prompt),
             (event.completion_tokens, self._completion),
             (event.cached_prompt_tokens, self._cached),
         ):
             if tokens:
-                collector.add(labels, tokens)
+                series.add(key, tokens)
 
     def _node(self, event: NodePolled) -> None:
         """Sets the node's gauges anew; a series that it no longer reports goes away."""
@@ -139,6 +160,8 @@ class GatewayMetrics:
 
     def render(self, accept: str = "text/plain") -> tuple[bytes, Mapping[str, str]]:
         """The whole exposition and its headers."""
+        for series in self._numbers:
+            series.flush()
         body, headers = render(self._registry, [accept])
         return _as_bytes(body), headers
 

@@ -21,7 +21,7 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", omit_d
     pass
 
 
-class Load(_Message, tag="load"):
+class Load(_Message, frozen=True, kw_only=True, tag="load"):
     """Load one model. `path` is a GGUF file or a directory with safetensors."""
 
     path: str
@@ -40,7 +40,7 @@ class Load(_Message, tag="load"):
     options: Mapping[str, Any] = {}
 
 
-class Generate(_Message, tag="generate"):
+class Generate(_Message, frozen=True, kw_only=True, tag="generate"):
     """Start a sequence; `key` names it on this border and is never used twice."""
 
     key: int
@@ -49,7 +49,7 @@ class Generate(_Message, tag="generate"):
     sampling: Sampling
 
 
-class Cancel(_Message, tag="cancel"):
+class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):
     """Stop a sequence; unknown keys (already finished) are ignored. Nothing is answered."""
 
     key: int
@@ -58,20 +58,20 @@ class Cancel(_Message, tag="cancel"):
 Order = Load | Generate | Cancel
 
 
-class LoadProgress(_Message, tag="load_progress"):
+class LoadProgress(_Message, frozen=True, kw_only=True, tag="load_progress"):
     phase: str
     done: int
     total: int
 
 
-class Ready(_Message, tag="ready"):
+class Ready(_Message, frozen=True, kw_only=True, tag="ready"):
     """The model is loaded. Bytes are what the worker measured, for the node's report."""
 
     weight_bytes: int
     cache_bytes: int
 
 
-class LoadRefused(_Message, tag="load_refused"):
+class LoadRefused(_Message, frozen=True, kw_only=True, tag="load_refused"):
     """The load failed; the worker ends after it. `code` is a code of `wire.errors`."""
 
     code: str
@@ -89,7 +89,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, arra
     """The sequence failed; the engine goes on."""
 
 
-class Step(_Message, tag="step"):
+class Step(_Message, frozen=True, kw_only=True, tag="step"):
     """All outputs of one step."""
 
     outputs: list[Output]
@@ -134,8 +134,10 @@ class Unframer:
 
 
 def decode_order(body: bytes) -> Order:
-    return _order_decoder.decode(body)
+    order: Order = _order_decoder.decode(body)
+    return order
 
 
 def decode_report(body: bytes) -> Report:
-    return _report_decoder.decode(body)
+    report: Report = _report_decoder.decode(body)
+    return report

@@ -1,0 +1,158 @@
+"""The node's composition root: builds every part, starts and stops what runs beside the requests.
+
+The only module of the node that reads the configuration. Importing it imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from cortex.config import ConfigError, NeuronConfig
+from cortex.hookspecs import EngineFactory
+from cortex.neuron.access import node_guard
+from cortex.neuron.activation import Activator
+from cortex.neuron.api import NodeApi
+from cortex.neuron.chat_api import ChatApi
+from cortex.neuron.hardware import CPU, Hardware
+from cortex.neuron.loading import Loader
+from cortex.neuron.memory import MIB, Ledger, budget_of
+from cortex.neuron.metrics import NeuronMetrics
+from cortex.neuron.monitor import Monitor
+from cortex.neuron.references import References
+from cortex.neuron.residents import Residents
+from cortex.neuron.torch_engine import DTYPES, TorchFactory
+from cortex.neuron.wheels import WheelCache
+from cortex.plugins import load_engine_plugins
+from cortex.web.service import Service
+from cortex.wire.node import LoadRequest
+
+CPU_FLOOR: Final = 1024 * MIB
+"""Of the host's memory, left to everybody else."""
+GPU_FLOOR: Final = 512 * MIB
+DRAIN_S: Final = 5.0
+
+
+class Neuron:
+    """The assembled node. `app` is an ASGI application; `start` before it listens, `stop` after."""
+
+    def __init__(
+        self,
+        app: Service,
+        residents: Residents,
+        factories: Mapping[str, EngineFactory],
+        background: Callable[[], Mapping[str, Coroutine[Any, Any, None]]],
+    ) -> None:
+        self.app = app
+        self._residents = residents
+        self._factories = factories
+        self._background = background
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Returns when models can be loaded; the default ones begin to, in the background.
+
+        Raises CortexError if an engine cannot start.
+        """
+        for factory in self._factories.values():
+            await factory.start()
+        for name, work in self._background().items():
+            self._tasks.append(asyncio.create_task(work, name=name))
+
+    async def stop(self) -> None:
+        """Refuse what is new, drain briefly, end every process. Also after a start that failed."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._residents.stop(DRAIN_S)
+        for factory in self._factories.values():
+            await factory.stop()
+
+
+def build_neuron(
+    config: NeuronConfig,
+    *,
+    factories: Mapping[str, EngineFactory] | None = None,
+    hardware: Hardware | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    wall: Callable[[], float] = time.time,
+) -> Neuron:
+    """`factories` stand in for the engines that are built in and installed, by name; the first one is for
+    loads that name none.
+
+    Raises ConfigError for values that mean nothing here, PluginError if an engine cannot be used,
+    BadRequest if a default model names an engine that is not installed.
+    """
+    hardware = hardware or Hardware()
+    engines = _engines(config) if factories is None else factories
+    models_dir = Path(config.models_dir).expanduser().absolute()
+    try:
+        references = References(models_dir, WheelCache(models_dir / "cache"), config.sources)
+    except ValueError as error:
+        raise ConfigError(f"sources: {error}.") from None
+    metrics = NeuronMetrics()
+    ledger = _ledger(config, hardware)
+    loader = Loader(
+        factories=engines,
+        locate=references.locate,
+        ledger=ledger,
+        available=lambda: {uuid: reading.free_bytes for uuid, reading in hardware.read().items()},
+        devices=[device.uuid for device in hardware.devices],
+        threads=config.harness.torch.threads or hardware.cores,
+    )
+    defaults = [LoadRequest(**msgspec.structs.asdict(model)) for model in config.default_models]
+    residents = Residents(
+        loader,
+        defaults=defaults,
+        max_waiting=config.admission.max_waiting,
+        on_loaded=metrics.loaded,
+        clock=clock,
+        wall=wall,
+    )
+    activator = Activator(residents, [model.model_id for model in defaults])
+    monitor = Monitor(hardware.read)
+    api = NodeApi(
+        residents=residents,
+        chat=ChatApi(residents, metrics, clock=clock, wall=wall),
+        hardware=hardware,
+        monitor=monitor,
+        ledger=ledger,
+        activator=activator,
+        metrics=metrics,
+        harnesses=list(engines),
+        clock=clock,
+    )
+    app = Service(
+        api.routes(),
+        name="neuron",
+        clock=clock,
+        body_cap=config.body_limit_mb * MIB,
+        guard=node_guard(config.node_token),
+    )
+    return Neuron(app, residents, engines, lambda: {"monitor": monitor.run(), "activation": activator.run()})
+
+
+def _engines(config: NeuronConfig) -> dict[str, EngineFactory]:
+    """The torch engine and those that plugins bring, torch first."""
+    dtype = config.harness.torch.dtype
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"harness.torch.dtype: expected {' or '.join(DTYPES)}, got {dtype!r}.")
+    torch = TorchFactory(dtype=dtype)
+    found = load_engine_plugins(extra=[torch]).engines
+    return {torch.name: torch, **found}
+
+
+def _ledger(config: NeuronConfig, hardware: Hardware) -> Ledger:
+    budgets = {
+        uuid: budget_of(total, floor=CPU_FLOOR if uuid == CPU else GPU_FLOOR)
+        for uuid, total in hardware.totals.items()
+    }
+    if config.memory_limit_mb is not None:
+        limit = config.memory_limit_mb * MIB
+        budgets = {uuid: min(limit, budget) for uuid, budget in budgets.items()}
+    return Ledger(budgets)

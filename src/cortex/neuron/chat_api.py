@@ -1,0 +1,104 @@
+"""POST /v1/chat/completions of a node: a lease on the model, its text side, and bytes.
+
+Knows HTTP and the conversation's shape; rendering, limits and stop strings are `text`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Final
+
+import msgspec
+
+from cortex.neuron.metered_engine import MeteredEngine
+from cortex.neuron.metrics import NeuronMetrics
+from cortex.neuron.resident import Served
+from cortex.neuron.residents import Residents
+from cortex.neuron.text.chat import TextChat, collect
+from cortex.web.asgi import EventStream, Request, Response
+from cortex.wire import sse
+from cortex.wire.chat import ChatChunk, ChatRequest, decode
+from cortex.wire.errors import CortexError, to_bytes
+
+_KEEP_ALIVE: Final = sse.comment("keep-alive")
+_encoder: Final = msgspec.json.Encoder()
+
+
+class ChatApi:
+    def __init__(
+        self,
+        residents: Residents,
+        metrics: NeuronMetrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._residents = residents
+        self._metrics = metrics
+        self._clock = clock
+        self._wall = wall
+
+    async def handle(self, request: Request) -> Response | EventStream:
+        """Raises BadRequest, UnknownModel, Busy, LoadFailed, Loading; a stream does before its first byte."""
+        try:
+            wanted = decode(ChatRequest, await request.body())
+            if self._residents.report(wanted.model) is not None:
+                request.log["model"] = wanted.model
+            if not wanted.stream:
+                return await self._whole(request, wanted)
+        except CortexError as error:
+            self._metrics.refused(error.code)
+            raise
+        stream = _Stream()
+        return EventStream(
+            self._events(request, wanted, stream), fail=_last_words, keep_alive=stream.keep_alive
+        )
+
+    async def _whole(self, request: Request, wanted: ChatRequest) -> Response:
+        async with self._residents.lease(wanted.model, request.id) as served:
+            reply = await collect(self._chunks(request, wanted, served))
+        return Response(_encoder.encode(reply))
+
+    async def _events(
+        self, request: Request, wanted: ChatRequest, stream: _Stream
+    ) -> AsyncGenerator[bytes, None]:
+        try:
+            async with (
+                self._residents.lease(wanted.model, request.id) as served,
+                aclosing(self._chunks(request, wanted, served)) as chunks,
+            ):
+                async for chunk in chunks:
+                    stream.begun = True
+                    yield b"data: " + _encoder.encode(chunk) + b"\n\n"
+        except CortexError as error:
+            if not stream.begun:
+                self._metrics.refused(error.code)
+            raise
+        yield sse.DONE
+
+    def _chunks(
+        self, request: Request, wanted: ChatRequest, served: Served
+    ) -> AsyncGenerator[ChatChunk, None]:
+        model_id = served.plan.order.model_id
+        engine = MeteredEngine(
+            served.model.engine, model_id, self._metrics, started=request.started, clock=self._clock
+        )
+        chat = TextChat(engine, served.model.codec, served.plan.limit, model_id, self._wall, self._clock)
+        return chat.chat(request.id, wanted)
+
+
+class _Stream:
+    """Whether a stream has begun: before its first token nothing may commit it to a status."""
+
+    def __init__(self) -> None:
+        self.begun = False
+
+    def keep_alive(self) -> bytes:
+        return _KEEP_ALIVE if self.begun else b""
+
+
+def _last_words(error: CortexError) -> bytes:
+    """An error event, and the end without which some clients wait on."""
+    return sse.encode(to_bytes(error)) + sse.DONE

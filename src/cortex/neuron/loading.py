@@ -1,0 +1,142 @@
+"""From a request to a running model: reference, path, devices, plan, grant, engine.
+
+Holds the order of these steps and undoes them when one fails. Which models are wanted, and who waits
+for them, is the business of `residents`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from cortex.hookspecs import EngineFactory, LoadOrder, LoadPlan
+from cortex.neuron.hardware import CPU
+from cortex.neuron.memory import Ledger
+from cortex.neuron.references import Report
+from cortex.neuron.resident import Served
+from cortex.wire.errors import BadRequest
+from cortex.wire.node import LoadRequest
+
+MIB: Final = 2**20
+
+
+class OffLoop(Protocol):
+    """Runs a blocking function away from the event loop."""
+
+    def __call__(self, function: Callable[..., Any], /, *arguments: Any) -> Awaitable[Any]: ...
+
+
+class Loader:
+    """Loads and closes models; the only one who asks the ledger."""
+
+    def __init__(
+        self,
+        *,
+        factories: Mapping[str, EngineFactory],
+        locate: Callable[[str, Report], Awaitable[Path]],
+        ledger: Ledger,
+        available: Callable[[], Mapping[str, int]],
+        devices: Sequence[str],
+        threads: int,
+        off_loop: OffLoop = asyncio.to_thread,
+    ) -> None:
+        """`devices` are the uuids that a load gets which names none; `threads` all that models may use.
+
+        `available` measures the bytes that are free on each device; it may block.
+        """
+        self._factories = factories
+        self._locate = locate
+        self._ledger = ledger
+        self._available = available
+        self._devices = tuple(devices)
+        self._threads = threads
+        self._off_loop = off_loop
+
+    async def load(self, request: LoadRequest, report: Report) -> Served:
+        """Grants before anything starts; when cancelled or failing, everything is given back.
+
+        Raises BadRequest, Forbidden, UnknownModel, Conflict (no room; shows the ledger), LoadFailed.
+        """
+        factory = self._factory(request.harness)
+        path = await self._locate(request.source or request.model_id, report)
+        plan = await self._plan(factory, request, path)
+        available = await self._off_loop(self._available)
+        self._ledger.grant(request.model_id, plan.bytes_per_device, available)
+        try:
+            model = await factory.load(plan, report)
+        except BaseException:
+            self._ledger.release(request.model_id)
+            raise
+        return Served(plan, model)
+
+    async def close(self, served: Served) -> None:
+        """End a model and give its memory back to the ledger."""
+        try:
+            await served.model.close()
+        finally:
+            self._ledger.release(served.plan.order.model_id)
+
+    def harness(self, asked: str | None) -> str:
+        """The name of the engine for a request. Raises BadRequest for one that is not installed."""
+        return self._factory(asked).name
+
+    def _factory(self, asked: str | None) -> EngineFactory:
+        if not self._factories:
+            raise BadRequest("This node has no engine installed.", param="harness")
+        name = asked or next(iter(self._factories))
+        if name not in self._factories:
+            raise BadRequest(
+                f"This node has no engine {name!r}; it has {', '.join(self._factories)}.", param="harness"
+            )
+        return self._factories[name]
+
+    async def _plan(self, factory: EngineFactory, request: LoadRequest, path: Path) -> LoadPlan:
+        """What the factory proposes. A load that says no memory_mb and would not fit even into empty
+        devices is planned again with all that they have.
+        """
+        order = LoadOrder(
+            model_id=request.model_id,
+            path=str(path),
+            quant=request.quant,
+            dtype=request.dtype,
+            tensor_parallel=request.tensor_parallel or 1,
+            devices=self._choose_devices(request),
+            memory_bytes=None if request.memory_mb is None else request.memory_mb * MIB,
+            threads=max(1, self._threads // (1 + len({grant.model_id for grant in self._ledger.grants}))),
+        )
+        plan: LoadPlan = await self._off_loop(factory.plan, order)
+        budget = min(self._ledger.budget(device) for device in order.devices)
+        if order.memory_bytes is None and max(plan.bytes_per_device.values(), default=0) > budget:
+            plan = await self._off_loop(factory.plan, msgspec.structs.replace(order, memory_bytes=budget))
+        return plan
+
+    def _choose_devices(self, request: LoadRequest) -> tuple[str, ...]:
+        """The devices that a request names by uuid, index or `cpu`; else those with most room."""
+        ranks = request.tensor_parallel or 1
+        if ranks < 1:
+            raise BadRequest("tensor_parallel must be at least 1.", param="tensor_parallel")
+        if request.devices is None:
+            roomy = sorted(self._devices, key=self._ledger.free, reverse=True)
+            if ranks > len(roomy):
+                raise BadRequest(
+                    f"This node has {len(roomy)} devices; tensor_parallel = {ranks} needs as many.",
+                    param="tensor_parallel",
+                )
+            return tuple(roomy[:ranks])
+        by_name = {device: device for device in (*self._devices, CPU)}
+        by_name |= {str(index): device for index, device in enumerate(self._devices)}
+        for name in request.devices:
+            if name not in by_name:
+                raise BadRequest(
+                    f"This node has no device {name!r}; it has {', '.join(by_name)}.", param="devices"
+                )
+        chosen = tuple(by_name[name] for name in request.devices)
+        if len(set(chosen)) != ranks or len(chosen) != ranks:
+            raise BadRequest(
+                f"devices must name as many different devices as there are ranks ({ranks}).", param="devices"
+            )
+        return chosen

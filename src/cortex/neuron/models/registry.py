@@ -1,0 +1,53 @@
+"""Which architectures there are, and the module of the family that builds each.
+
+Importing this imports no torch; families are imported by name when a worker needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final, Protocol, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cortex.neuron.models.shape import ModelShape
+    from cortex.neuron.nn.attention import LayerCache
+    from cortex.neuron.nn.placement import Placement
+    from cortex.neuron.nn.step import Step
+    from cortex.neuron.weights.source import Source
+
+FAMILIES: Final[Mapping[str, str]] = {
+    "llama": "cortex.neuron.models.llama",
+    "qwen2": "cortex.neuron.models.llama",
+}
+"""Architecture, as GGUF and Hugging Face name it, to the module that builds it."""
+
+
+class Family(Protocol):
+    """What a family's module offers."""
+
+    def build(self, shape: ModelShape, placement: Placement) -> nn.Module:
+        """The model on the meta device; it is called as a `CausalModel`."""
+
+    def sources(self, shape: ModelShape, kind: str) -> dict[str, Source]:
+        """The source of every parameter in a checkpoint of `kind`, by the parameter's name."""
+
+
+class CausalModel(Protocol):
+    """A model once it is filled."""
+
+    def __call__(self, step: Step, caches: list[LayerCache]) -> Tensor:
+        """Logits of the wanted rows: fp32 [wanted, vocabulary]."""
+
+
+def family(architecture: str) -> Family:
+    """Raises KeyError for an architecture outside FAMILIES."""
+    return cast(Family, importlib.import_module(FAMILIES[architecture]))
+
+
+def import_families() -> None:
+    """Import every family, so that processes forked later find them in memory."""
+    for module in set(FAMILIES.values()):
+        importlib.import_module(module)

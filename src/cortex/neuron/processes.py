@@ -1,0 +1,172 @@
+"""Starts worker processes: forked from a warm server that has its imports done.
+
+The warm server is multiprocessing's forkserver. It imports what workers need once, so that a worker
+starts in milliseconds, and it is started again if it dies. Imports nothing of what it preloads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from typing import Any, Final
+
+from cortex.neuron import worker_process
+from cortex.neuron.worker_process import WorkerProcess
+from cortex.wire.errors import LoadFailed
+
+_context: Final = multiprocessing.get_context("forkserver")
+_ATTEMPTS: Final = 3
+_RETRY_S: Final = 0.05
+_READY: Final = "ready"
+
+_spawning: Final = threading.Lock()
+"""multiprocessing's own books are not made for two threads."""
+
+Target = Callable[..., None]
+"""Runs in a worker with its end of the socket and further arguments; found again there by its name."""
+
+
+class WarmServer:
+    """Forks workers that start with `preload` imported."""
+
+    def __init__(self, preload: Sequence[str], target: Target) -> None:
+        self._preload = list(preload)
+        self._target = target
+
+    async def start(self) -> None:
+        """Returns when a probe has shown that workers can be forked and have their imports.
+
+        Raises LoadFailed that tells why they cannot.
+        """
+        _context.set_forkserver_preload([*self._preload, __name__])
+        worker = await self._spawn(_probe, (self._preload,))
+        try:
+            said = (await worker.read_all()).decode("utf-8", "replace")
+            end = await worker.ended()
+        finally:
+            await worker.close()
+        if said != _READY:
+            raise LoadFailed(
+                f"No worker process can start: {said or f'the probe {end}'}. "
+                f"An incomplete installation is repaired with: pip install 'helexa-cortex[neuron]'."
+            )
+
+    async def spawn(self, *arguments: Any) -> WorkerProcess:
+        """A process that runs the target with its end of a socket and `arguments`. Raises LoadFailed."""
+        return await self._spawn(self._target, arguments)
+
+    async def stop(self) -> None:
+        """End the warm server. Workers must have been closed before; while one lives, so does the server."""
+        if not worker_process.alive:
+            await asyncio.to_thread(_stop_forkserver)
+
+    async def _spawn(self, target: Target, arguments: tuple[Any, ...]) -> WorkerProcess:
+        ours, theirs = socket.socketpair()
+        starting = asyncio.ensure_future(asyncio.to_thread(_start, target, theirs, arguments))
+        try:
+            process = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            ours.close()
+            starting.add_done_callback(_kill_started)
+            raise
+        except (OSError, EOFError, RuntimeError) as error:
+            ours.close()
+            raise LoadFailed(f"No worker process can be started: {error!r}.") from error
+        return WorkerProcess(process, *await _opened(process, ours))
+
+
+def _start(target: Target, theirs: socket.socket, arguments: tuple[Any, ...]) -> ForkServerProcess:
+    """Fork a worker; blocks while a warm server that died is started again. Takes `theirs` over."""
+    with theirs, _spawning, _signals_blocked(), _main_hidden():
+        for attempt in range(1, _ATTEMPTS + 1):
+            process = _context.Process(target=_run, args=(target, theirs, *arguments), daemon=True)
+            try:
+                process.start()
+            except (OSError, EOFError):  # the warm server died just now
+                if attempt == _ATTEMPTS:
+                    raise
+                time.sleep(_RETRY_S)
+            else:
+                return process
+    raise AssertionError("unreachable")
+
+
+def _run(target: Target, sock: socket.socket, *arguments: Any) -> None:
+    """In a worker: let the warm server end as soon as the node does, so that it takes the worker along.
+
+    By itself it would wait for its workers too; one that is busy or hangs would keep both alive.
+    """
+    keep_alive = forkserver._forkserver._forkserver_alive_fd  # type: ignore[attr-defined]
+    if keep_alive is not None:
+        os.close(keep_alive)
+        forkserver._forkserver._forkserver_alive_fd = None  # type: ignore[attr-defined]
+    target(sock, *arguments)
+
+
+async def _opened(
+    process: ForkServerProcess, sock: socket.socket
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    sock.setblocking(False)
+    try:
+        return await asyncio.open_unix_connection(sock=sock)
+    except BaseException:
+        process.kill()
+        sock.close()
+        raise
+
+
+def _kill_started(starting: asyncio.Future[ForkServerProcess]) -> None:
+    if not starting.cancelled() and not starting.exception():
+        starting.result().kill()
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """What is started inside never sees SIGINT or SIGTERM: a Ctrl-C in the terminal goes to the whole
+    process group, and it is for this process to end the others in order.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Keep workers from importing this program's main module: they have no use for a command line."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _stop_forkserver() -> None:
+    """multiprocessing leaves its server running until this process ends, and has no public way to stop it."""
+    with _spawning:
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+def _probe(sock: socket.socket, preload: Sequence[str]) -> None:
+    """In a worker: tell over the socket that all is well, or what is missing."""
+    for name in preload:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            sock.sendall(f"{name} cannot be imported: {error}".encode())
+            return
+    sock.sendall(_READY.encode())

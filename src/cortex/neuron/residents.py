@@ -1,0 +1,318 @@
+"""The single owner of the models' states: loads that many wait for, leases, unloading, death, return.
+
+Each model that is loaded has one task, its life: it loads, waits for the engine's death or an unload,
+drains and closes, and alone moves the model's status meanwhile. Everybody else joins or asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Final
+
+import msgspec
+
+from cortex.neuron.admission import Admission
+from cortex.neuron.loading import Loader
+from cortex.neuron.references import Report
+from cortex.neuron.resident import Resident, Served
+from cortex.neuron.shared_load import SharedLoad, ignore
+from cortex.wire.errors import Busy, Conflict, CortexError, LoadFailed, NoCapacity, UnknownModel
+from cortex.wire.node import LoadRequest, ModelLoad, ModelReport, Progress
+
+_log: Final = logging.getLogger("cortex.neuron.residents")
+
+
+class _Entry:
+    """A resident and what runs for it."""
+
+    def __init__(self, resident: Resident) -> None:
+        self.resident = resident
+        self.load: SharedLoad | None = None
+        self.life: asyncio.Task[None] | None = None
+        self.unload = asyncio.Event()
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+
+class Residents:
+    """The models of a node."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        *,
+        defaults: Iterable[LoadRequest] = (),
+        max_waiting: int = 32,
+        on_loaded: Callable[[str, float], None] = lambda model_id, seconds: None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._loader = loader
+        self._max_waiting = max_waiting
+        self._on_loaded = on_loaded
+        self._clock = clock
+        self._wall = wall
+        self._stopping = False
+        self._entries: dict[str, _Entry] = {}
+        for request in defaults:
+            self._add(request, configured=True)
+
+    # --- what others see ---
+
+    def reports(self) -> list[ModelReport]:
+        return [entry.resident.report() for entry in self._entries.values()]
+
+    def report(self, model_id: str) -> ModelReport | None:
+        entry = self._entries.get(model_id)
+        return entry.resident.report() if entry else None
+
+    def loads(self) -> list[ModelLoad]:
+        return [
+            e.resident.load() for e in self._entries.values() if e.resident.status in ("loaded", "draining")
+        ]
+
+    def requests(self) -> list[str]:
+        return [request for entry in self._entries.values() for request in entry.resident.requests]
+
+    # --- what others ask for ---
+
+    async def ensure(self, request: LoadRequest, report: Report = ignore) -> ModelReport:
+        """Returns when the model is loaded; one load serves all who ask meanwhile.
+
+        A load that nobody waits for any more is cancelled. Raises what the load raised.
+        """
+        while True:
+            self._refuse_when_stopping()
+            entry = self._entries.get(request.model_id) or self._add(request, configured=False)
+            resident = entry.resident
+            if resident.status == "loaded":
+                resident.hold(request.hold_s, now=self._clock())
+                return resident.report()
+            if await self._ending(entry):
+                continue
+            if entry.load is None:
+                resident.forget_failures()
+                resident.request = _merged(request, resident.request)
+            loaded = await (entry.load or self._begin(entry)).join(report)
+            resident.hold(request.hold_s, now=self._clock())
+            return loaded
+
+    async def unload(self, model_id: str, *, if_idle: bool = False) -> None:
+        """Returns when the model's memory is back. Requests in flight are let end first.
+
+        Raises UnknownModel, or Conflict with the code `held` or `busy`.
+        """
+        entry = self._entries.get(model_id)
+        if entry is None:
+            raise self._unknown(model_id)
+        resident = entry.resident
+        if resident.status in ("loading", "loaded"):
+            resident.check_unload(if_idle=if_idle, now=self._clock())
+        if entry.life is not None:
+            if entry.load is not None:
+                entry.load.abandon(
+                    Conflict(f"The load of {model_id} was ended by an unload.", code="unloaded")
+                )
+            entry.unload.set()
+            await asyncio.wait([entry.life])
+        if resident.status == "failed" and entry.life is None:
+            resident.move("unloaded")
+            self._forget_stranger(resident)
+
+    @contextlib.asynccontextmanager
+    async def lease(self, model_id: str, request_id: str) -> AsyncIterator[Served]:
+        """The model, for one request, for as long as the context lasts.
+
+        A model that is loading is waited for; one that failed is loaded again, after a rest that grows.
+        Raises UnknownModel, Busy, LoadFailed, NoCapacity.
+        """
+        entry = self._entries.get(model_id)
+        if entry is None or entry.resident.status == "unloaded":
+            raise self._unknown(model_id)
+        resident = entry.resident
+        token = object()
+        resident.enter(token, request_id)
+        entry.idle.clear()
+        try:
+            yield await self._serve(entry)
+        finally:
+            resident.leave(token, wall=self._wall())
+            if not resident.requests:
+                entry.idle.set()
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Refuse what is new, give requests `drain_s` seconds to end, then end every model."""
+        self._stopping = True
+        lives = {entry.life for entry in self._entries.values() if entry.life is not None}
+        for entry in self._entries.values():
+            if entry.load is not None:
+                entry.load.abandon(_stopping())
+            entry.unload.set()
+        if lives and drain_s > 0:
+            _, lives = await asyncio.wait(lives, timeout=drain_s)
+        for entry in self._entries.values():
+            entry.idle.set()
+        if lives:
+            await asyncio.wait(lives)
+
+    # --- inside ---
+
+    def _add(self, request: LoadRequest, *, configured: bool) -> _Entry:
+        request = msgspec.structs.replace(request, harness=self._loader.harness(request.harness))
+        resident = Resident(request, Admission(max_waiting=self._max_waiting), configured=configured)
+        entry = self._entries[request.model_id] = _Entry(resident)
+        return entry
+
+    def _begin(self, entry: _Entry) -> SharedLoad:
+        resident = entry.resident
+        failure = resident.error if resident.status == "failed" else None
+
+        def tell(progress: Progress) -> None:
+            resident.progress = progress
+            load.tell(progress)
+
+        task = asyncio.create_task(self._loader.load(resident.request, tell))
+        load = entry.load = SharedLoad(task, self._clock())
+        entry.unload.clear()
+        resident.move("loading")
+        entry.life = asyncio.create_task(
+            self._live(entry, load, failure), name=f"life of {resident.model_id}"
+        )
+        return load
+
+    async def _ending(self, entry: _Entry) -> bool:
+        """True after a wait, if a load or a life of the model was ending: look again what it is now."""
+        if entry.load is not None:
+            if entry.load.abandoned:
+                await entry.load.settled.wait()
+                return True
+        elif entry.life is not None:
+            await asyncio.wait([entry.life])
+            return True
+        return False
+
+    async def _serve(self, entry: _Entry) -> Served:
+        """The running model behind `entry`, waited for or brought back if need be."""
+        resident = entry.resident
+        while resident.status != "loaded" or resident.served is None:
+            self._refuse_when_stopping()
+            if resident.status == "unloaded":
+                raise self._unknown(resident.model_id)
+            if resident.status == "draining":
+                raise Busy(f"{resident.model_id} is being unloaded.", code="draining", retry_after=1)
+            if await self._ending(entry):
+                continue
+            if entry.load is None:
+                resident.check_retry(now=self._clock())
+            try:
+                await (entry.load or self._begin(entry)).join(ignore)
+            except Conflict as error:
+                raise NoCapacity(error.message, code=error.code, details=error.details) from error
+        return resident.served
+
+    async def _live(self, entry: _Entry, load: SharedLoad, failure: CortexError | None) -> None:
+        """The life of a model from its load to its end; `failure` is what ended the one before it."""
+        await asyncio.wait([load.task])
+        served = self._settle(entry.resident, load, failure)
+        entry.load = None
+        load.settled.set()
+        if served is not None:
+            await self._run(entry, served)
+        entry.life = None
+        self._forget_stranger(entry.resident)
+
+    def _settle(self, resident: Resident, load: SharedLoad, failure: CortexError | None) -> Served | None:
+        """Turn a load's end into the model's status, and tell those who wait."""
+        if load.task.cancelled():
+            resident.as_before(failure)
+            load.fail(Conflict(f"The load of {resident.model_id} was ended.", code="unloaded"))
+            return None
+        error = load.task.exception()
+        if error is None:
+            seconds = self._clock() - load.started
+            resident.loaded(load.task.result(), now=self._clock(), wall=self._wall(), seconds=seconds)
+            self._on_loaded(resident.model_id, seconds)
+            _log.info("%s is loaded after %.1f s", resident.model_id, seconds)
+            load.succeed(resident.report())
+            return load.task.result()
+        if not isinstance(error, CortexError):
+            _log.error("the engine failed to load %s", resident.model_id, exc_info=error)
+            error = LoadFailed(f"The engine {resident.request.harness} failed: {error!r}.")
+        _log.warning("%s is not loaded: %s", resident.model_id, error.message)
+        if error.status < 500 and not resident.configured:
+            resident.as_before(failure)
+        else:
+            resident.failed(error, now=self._clock())
+        load.fail(error)
+        return None
+
+    async def _run(self, entry: _Entry, served: Served) -> None:
+        """From loaded until all memory is back."""
+        resident = entry.resident
+        died = asyncio.ensure_future(served.model.died())
+        asked = asyncio.ensure_future(entry.unload.wait())
+        await asyncio.wait([died, asked], return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        if entry.unload.is_set():
+            resident.move("draining")
+            idle = asyncio.ensure_future(entry.idle.wait())
+            await asyncio.wait([died, idle], return_when=asyncio.FIRST_COMPLETED)
+            idle.cancel()
+        else:
+            reason = f"failed: {died.exception()!r}" if died.exception() else died.result()
+            _log.error("the engine of %s %s", resident.model_id, reason)
+            resident.failed(LoadFailed(f"Its engine {reason}."), now=self._clock())
+        died.cancel()
+        await asyncio.gather(died, asked, return_exceptions=True)
+        resident.served = None
+        try:
+            await self._loader.close(served)
+        except Exception:
+            _log.exception("the engine of %s did not close well", resident.model_id)
+        if resident.status == "draining":
+            resident.move("unloaded")
+            _log.info("%s is unloaded", resident.model_id)
+
+    def _forget_stranger(self, resident: Resident) -> None:
+        """Keep no record of a name that was never a model here."""
+        if resident.status == "unloaded" and not (resident.configured or resident.was_loaded):
+            self._entries.pop(resident.model_id, None)
+
+    def _refuse_when_stopping(self) -> None:
+        if self._stopping:
+            raise _stopping()
+
+    def _unknown(self, model_id: str) -> UnknownModel:
+        known = [entry.resident for entry in self._entries.values()]
+        listed = [
+            f"{words}: {', '.join(names)}"
+            for words, statuses in _IN_WORDS.items()
+            if (names := [resident.model_id for resident in known if resident.status in statuses])
+        ]
+        return UnknownModel(
+            f"{model_id!r} is not loaded on this node ({'; '.join(listed) or 'nothing is'}). "
+            f"POST /models/load loads a model.",
+            param="model",
+        )
+
+
+_IN_WORDS: Final = {
+    "loaded": ("loaded", "draining"),
+    "loading": ("loading",),
+    "failed": ("failed",),
+    "can be loaded": ("unloaded",),
+}
+
+
+def _stopping() -> Busy:
+    return Busy("This node is stopping.", code="stopping", retry_after=15)
+
+
+def _merged(request: LoadRequest, known: LoadRequest) -> LoadRequest:
+    """What a request says, and where it says nothing what is known of the model."""
+    said = {name: value for name, value in msgspec.structs.asdict(request).items() if value is not None}
+    return msgspec.structs.replace(known, **said)

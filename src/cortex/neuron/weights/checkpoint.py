@@ -1,0 +1,119 @@
+"""A checkpoint on disk, whatever its format: its tensors, its configuration, and its rows as bytes.
+
+Maps files read-only, and only those that are read. Knows no torch and no model.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+import msgspec
+
+from cortex.neuron.weights import gguf, safetensors
+from cortex.neuron.weights.layout import TensorInfo, damaged
+from cortex.wire.errors import LoadFailed
+
+CONFIG: Final = "config.json"
+
+
+class Checkpoint:
+    """Tensors and configuration of a model. Close it, or use it as a context manager.
+
+    `architecture` is as the file has it: GGUF's general.architecture or config.json's model_type.
+    `config` is config.json or {}; `metadata` is GGUF's key-values or {}.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["gguf", "safetensors"],
+        path: Path,
+        architecture: str,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        config: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        self.kind: Final = kind
+        self.path: Final = path
+        self.architecture: Final = architecture
+        self.tensors: Final = tensors
+        self.config: Final = config or {}
+        self.metadata: Final = metadata or {}
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def rows(self, name: str, start: int, stop: int) -> memoryview:
+        """The stored bytes of rows [start, stop) of a tensor, without a copy.
+
+        Raises LoadFailed if the file has become shorter or cannot be read any more.
+        """
+        tensor = self.tensors[name]
+        begin = tensor.offset + start * tensor.row_bytes
+        return memoryview(self._map(tensor.file))[begin : begin + (stop - start) * tensor.row_bytes]
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            try:
+                with file.open("rb") as opened:
+                    mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise LoadFailed(f"{file} cannot be read: {error}.") from None
+            if len(mapped) < max(t.offset + t.nbytes for t in self.tensors.values() if t.file == file):
+                mapped.close()
+                raise damaged(file, "the file was cut short while it was in use")
+            self._maps[file] = mapped
+        return self._maps[file]
+
+    def close(self) -> None:
+        """Unmaps the files; one that is still read from goes when its last reader does."""
+        while self._maps:
+            _, mapped = self._maps.popitem()
+            try:
+                mapped.close()
+            except BufferError:
+                del mapped
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the headers of a `.gguf` file, or of a directory with config.json and *.safetensors.
+
+    Raises LoadFailed: nothing there, neither format, or a header that does not hold together.
+    """
+    try:
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise LoadFailed(f"{path} cannot be read: {error.strerror or error}.") from None
+    if is_directory:
+        config = _read_config(path / CONFIG)
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str):
+            raise LoadFailed(f"{path / CONFIG} names no model_type.")
+        return Checkpoint("safetensors", path, model_type, safetensors.read_directory(path), config=config)
+    if not is_file:
+        raise LoadFailed(f"{path} does not exist; a .gguf file or a directory with safetensors is needed.")
+    header = gguf.read_header(path)
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise damaged(path, "the metadata lacks general.architecture")
+    parts = header.metadata.get("split.count", 1)
+    if parts != 1:
+        raise LoadFailed(f"{path} is one of {parts} parts; join them with llama-gguf-split --merge first.")
+    return Checkpoint("gguf", path, architecture, header.tensors, metadata=header.metadata)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except OSError as error:
+        raise LoadFailed(f"{path} cannot be read: {error.strerror or error}.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise damaged(path, f"the configuration is not a JSON object ({error})") from None
+    return config

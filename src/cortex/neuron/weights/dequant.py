@@ -1,0 +1,157 @@
+"""Stored blocks to fp32: plain floats, the legacy quants Q4_0 to Q8_0 and the K-quants Q2_K to Q6_K.
+
+Bit-equal to ggml's reference (`dequantize_row_*` in ggml-quants.c): every value is a product of
+exact factors that is rounded once, so the order of operations is free but the factors are not.
+Knows nothing of files or tensors' meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from cortex.neuron.weights.layout import BLOCKS
+
+
+def dequantize(raw: Tensor, dtype: str) -> Tensor:
+    """fp32 [rows, columns] from `raw`, uint8 [rows, bytes of a row], in whole blocks of `dtype`.
+
+    Raises KeyError for a dtype outside `layout.READABLE`.
+    """
+    read = _READERS[dtype]
+    per_block, block_bytes = BLOCKS[dtype]
+    rows, row_bytes = raw.shape
+    blocks = raw.reshape(-1, block_bytes)
+    return read(blocks).reshape(rows, row_bytes // block_bytes * per_block)
+
+
+def _plain(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda blocks: _aligned(blocks, dtype.itemsize).view(dtype).to(torch.float32)
+
+
+def _aligned(blocks: Tensor, size: int) -> Tensor:
+    """safetensors does not align its tensors; a view of another type needs it."""
+    return blocks if blocks.data_ptr() % size == 0 else blocks.clone()
+
+
+def _half(blocks: Tensor, at: int) -> Tensor:
+    """The fp16 number at byte `at` of each block, fp32 [blocks, 1]."""
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).to(torch.float32)
+
+
+def _nibbles(packed: Tensor, group: int) -> Tensor:
+    """Low then high halves of each run of `group` bytes: uint8 [blocks, runs, 2, group]."""
+    runs = packed.reshape(packed.shape[0], -1, group)
+    return torch.stack((runs & 0x0F, runs >> 4), dim=2)
+
+
+def _crumbs(packed: Tensor, group: int) -> Tensor:
+    """The four two-bit fields of each run of `group` bytes: uint8 [blocks, runs, 4, group]."""
+    runs = packed.reshape(packed.shape[0], -1, group)
+    return torch.stack((runs & 3, (runs >> 2) & 3, (runs >> 4) & 3, runs >> 6), dim=2)
+
+
+def _bits(packed: Tensor) -> Tensor:
+    """The eight bits of each byte, lowest first: uint8 [blocks, bytes, 8]."""
+    shifts = torch.arange(8, dtype=torch.uint8)
+    return (packed.unsqueeze(-1) >> shifts) & 1
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    q = _nibbles(blocks[:, 2:18], 16).reshape(-1, 32).to(torch.float32)
+    return q.sub_(8).mul_(_half(blocks, 0))
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    q = _nibbles(blocks[:, 4:20], 16).reshape(-1, 32).to(torch.float32)
+    return q.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+def _five_bits(low: Tensor, high: Tensor) -> Tensor:
+    """Five-bit numbers of 32-element blocks from 16 bytes of nibbles and 4 bytes of fifth bits."""
+    fifth = _bits(high).reshape(-1, 32) << 4
+    return (_nibbles(low, 16).reshape(-1, 32) | fifth).to(torch.float32)
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    return _five_bits(blocks[:, 6:22], blocks[:, 2:6]).sub_(16).mul_(_half(blocks, 0))
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    q = _five_bits(blocks[:, 8:24], blocks[:, 4:8])
+    return q.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    return blocks[:, 2:34].view(torch.int8).to(torch.float32).mul_(_half(blocks, 0))
+
+
+def _q2_k(blocks: Tensor) -> Tensor:
+    scales = blocks[:, 0:16]
+    scale = (_half(blocks, 80) * (scales & 0x0F)).unsqueeze(-1)
+    minimum = (_half(blocks, 82) * (scales >> 4)).unsqueeze(-1)
+    q = _crumbs(blocks[:, 16:80], 32).reshape(-1, 16, 16).to(torch.float32)
+    return q.mul_(scale).sub_(minimum)
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    packed = blocks[:, 96:108]
+    low = _nibbles(packed[:, :8], 8).reshape(-1, 16)
+    high = _crumbs(packed[:, 8:], 4).reshape(-1, 16)
+    scale = (low | (high << 4)).to(torch.float32).sub_(32).mul_(_half(blocks, 108)).unsqueeze(-1)
+    # A set mask bit means "no offset"; bit b of the 32 mask bytes belongs to the b-th run of 32 numbers.
+    offset = _bits(blocks[:, 0:32]).transpose(1, 2).reshape(-1, 16, 16).to(torch.float32).sub_(1).mul_(4)
+    q = _crumbs(blocks[:, 32:96], 32).reshape(-1, 16, 16).to(torch.float32)
+    return q.add_(offset).mul_(scale)
+
+
+def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of Q4_K and Q5_K: d * scale and dmin * minimum, each fp32 [blocks, 8, 1].
+
+    Of twelve bytes, four hold the low six bits of scales 0-3 and four those of minima 0-3; the last
+    four hold low nibbles of scales and minima 4-7, whose top two bits are over the former ones.
+    """
+    scales, minima, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scale = torch.cat((scales & 0x3F, (rest & 0x0F) | ((scales >> 2) & 0x30)), dim=1)
+    minimum = torch.cat((minima & 0x3F, (rest >> 4) | ((minima >> 2) & 0x30)), dim=1)
+    return (_half(blocks, 0) * scale).unsqueeze(-1), (_half(blocks, 2) * minimum).unsqueeze(-1)
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    scale, minimum = _scales_and_minima(blocks)
+    q = _nibbles(blocks[:, 16:144], 32).reshape(-1, 8, 32).to(torch.float32)
+    return q.mul_(scale).sub_(minimum)
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    scale, minimum = _scales_and_minima(blocks)
+    fifth = _bits(blocks[:, 16:48]).transpose(1, 2) << 4
+    q = (_nibbles(blocks[:, 48:176], 32).reshape(-1, 8, 32) | fifth).to(torch.float32)
+    return q.mul_(scale).sub_(minimum)
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    scale = (blocks[:, 192:208].view(torch.int8) * _half(blocks, 208)).unsqueeze(-1)
+    high = _crumbs(blocks[:, 128:192], 32).reshape(-1, 256) << 4
+    q = (_nibbles(blocks[:, 0:128], 64).reshape(-1, 256) | high).to(torch.float32).sub_(32)
+    return q.view(-1, 16, 16).mul_(scale)
+
+
+_READERS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "F32": _plain(torch.float32),
+    "F16": _plain(torch.float16),
+    "BF16": _plain(torch.bfloat16),
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+}

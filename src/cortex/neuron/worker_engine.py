@@ -1,0 +1,133 @@
+"""A TokenEngine over a worker process: sequences go out as messages, their outputs come back by key.
+
+Knows the messages and how a worker ends; not what a model is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Final
+
+from cortex.hookspecs import Codec, Sampling, TokenBatch
+from cortex.neuron.engine.messages import Cancel, Generate, Output, Report, Step
+from cortex.neuron.worker_process import WorkerProcess
+from cortex.wire.errors import Internal, Loading
+
+_GRACE_S: Final = 1.0
+"""For a worker that has closed its socket, to end by itself and tell by its exit code why."""
+_END: Final = None
+"""In a sequence's queue: nothing more will come, the engine has ended."""
+
+
+class WorkerEngine:
+    """The engine in a worker that has loaded its model. `reports` is what the worker says from now on."""
+
+    def __init__(self, model_id: str, worker: WorkerProcess, reports: AsyncIterator[Report]) -> None:
+        self._model_id = model_id
+        self._worker = worker
+        self._keys = itertools.count(1)
+        self._queues: dict[int, asyncio.Queue[Output | None]] = {}
+        self._reader = asyncio.create_task(self._read(reports), name=f"reader of {model_id}")
+
+    async def generate(
+        self, request_id: str, ids: Sequence[int], sampling: Sampling
+    ) -> AsyncGenerator[TokenBatch, None]:
+        """Yields what each step gave; steps that nobody has taken yet come joined.
+
+        Raises Internal if the sequence fails, Loading with the code `engine_ended` if the engine dies.
+        """
+        key = next(self._keys)
+        queue: asyncio.Queue[Output | None] = asyncio.Queue()
+        self._queues[key] = queue
+        finished = False
+        try:
+            if self._reader.done():
+                raise await self._ended()
+            try:
+                await self._worker.send(
+                    Generate(key=key, request_id=request_id, ids=list(ids), sampling=sampling)
+                )
+            except OSError:
+                raise await self._ended() from None
+            while not finished:
+                outputs = [await queue.get()]
+                while not queue.empty():
+                    outputs.append(queue.get_nowait())
+                batch = _joined(outputs)
+                if batch is not None:
+                    finished = batch.finish is not None
+                    yield batch
+                if not finished and outputs[-1] is _END:
+                    raise await self._ended()
+        finally:
+            del self._queues[key]
+            if not finished and not self._reader.done():
+                self._worker.post(Cancel(key=key))
+
+    async def died(self) -> str:
+        """Waits until the worker has ended by itself and tells how."""
+        return await asyncio.shield(self._reader)
+
+    async def close(self) -> None:
+        """End the worker; its memory is back when this returns."""
+        await self._worker.close()
+        await asyncio.wait([self._reader])
+
+    async def _read(self, reports: AsyncIterator[Report]) -> str:
+        """Hand out what the worker says until it ends, and tell how it ended."""
+        said = ""
+        grace = _GRACE_S
+        try:
+            async for report in reports:
+                if isinstance(report, Step):
+                    for output in report.outputs:
+                        if output.key in self._queues:
+                            self._queues[output.key].put_nowait(output)
+        except ValueError as error:
+            said = f"sent what is {error}, and "
+            grace = 0.0
+        if not await self._worker.ends_within(grace):
+            self._worker.kill()  # it closed its socket or talks nonsense: it serves nobody any more
+        reason = said + await self._worker.ended()
+        for queue in self._queues.values():
+            queue.put_nowait(_END)
+        return reason
+
+    async def _ended(self) -> Loading:
+        reason = await self.died()
+        return Loading(
+            f"The engine of {self._model_id} {reason} while it worked on this request. Send the request "
+            f"again: the model is loaded again for it.",
+            code="engine_ended",
+            retry_after=1,
+        )
+
+
+class WorkerModel:
+    """A LoadedModel whose engine is a worker process."""
+
+    def __init__(self, engine: WorkerEngine, codec: Codec) -> None:
+        self.engine = engine
+        self.codec = codec
+
+    async def died(self) -> str:
+        return await self.engine.died()
+
+    async def close(self) -> None:
+        await self.engine.close()
+
+
+def _joined(outputs: Sequence[Output | None]) -> TokenBatch | None:
+    """One batch of several steps' outputs. Raises Internal for a sequence that failed."""
+    ids: list[int] = []
+    for output in outputs:
+        if output is _END:
+            break
+        if output.error is not None:
+            raise Internal(f"The engine failed on this request: {output.error}.")
+        ids += output.ids
+        if output.finish is not None:
+            return TokenBatch(ids=ids, finish=output.finish, timings=output.timings)
+    return TokenBatch(ids=ids) if ids else None

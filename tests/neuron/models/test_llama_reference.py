@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from gguf import GGUFWriter
+from torch import Tensor
+
+from cortex.neuron.engine.runner import Runner, load_runner
+from cortex.neuron.models.shape import read_shape
+from cortex.neuron.nn.placement import Dtype, Placement
+from cortex.neuron.nn.plan import Segment, StepPlan
+from cortex.neuron.weights.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.slow
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-heads": ("llama", {"head_dim": 20, "num_key_value_heads": 6}),
+    "llama-llama3-rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+}
+IDS = torch.randint(0, 199, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def tiny(request: pytest.FixtureRequest, make_tiny: Callable[..., Any]) -> Any:
+    kind, options = CASES[request.param]
+    return make_tiny(kind, **options)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Any) -> Tensor:
+    found: Tensor = tiny.logits(IDS)
+    return found
+
+
+def runner(path: Path, dtype: Dtype = "float32", slots: int = 1) -> Runner:
+    placement = Placement(torch.device("cpu"), dtype)
+    return load_runner(path, placement, slots=slots, context=200, report=lambda done, total: None)
+
+
+def in_chunks(made: Runner, ids: list[int], chunks: list[int], slot: int = 0) -> Tensor:
+    """Logits of every token, computed in chunks of these lengths."""
+    found = []
+    start = 0
+    for length in chunks:
+        part = ids[start : start + length]
+        found.append(made.logits(StepPlan(part, [Segment(slot, start, length)], list(range(length)))))
+        start += length
+    assert start == len(ids)
+    return torch.cat(found)
+
+
+def test_logits_are_those_of_transformers_in_any_chunks(tiny: Any, expected: Tensor) -> None:
+    """150 tokens at once, in chunks, token by token after a prompt: prefill is decode is the reference."""
+    made = runner(tiny.directory)
+    for chunks in ([150], [64, 64, 22], [1, 9, 100, 40], [100] + 50 * [1]):
+        assert (in_chunks(made, IDS, chunks) - expected).abs().max() <= 1e-4
+
+
+def test_packed_logits_are_close_and_as_independent_of_chunks(tiny: Any, expected: Tensor) -> None:
+    made = runner(tiny.directory, "packed16")
+    whole = in_chunks(made, IDS, [150])
+    assert (whole - expected).abs().max() <= 0.02 * expected.abs().max()
+    assert (in_chunks(made, IDS, [60, 70] + 20 * [1]) - whole).abs().max() <= 1e-4
+
+
+def test_batch_mates_change_nothing(tiny: Any, expected: Tensor) -> None:
+    """Three sequences at different places of their text, in prefill and in decode, in one step."""
+    made = runner(tiny.directory, slots=3)
+    in_chunks(made, IDS[:40], [40], slot=2)
+    in_chunks(made, IDS[:7], [7], slot=0)
+    segments = [Segment(2, 40, 1), Segment(0, 7, 30), Segment(1, 0, 20)]
+    ids = [IDS[40], *IDS[7:37], *IDS[:20]]
+    logits = made.logits(StepPlan(ids, segments, [0, 30, 50]))
+    assert (logits - expected[[40, 36, 19]]).abs().max() <= 1e-4
+
+
+def test_a_step_without_wanted_rows_gives_none(tiny: Any) -> None:
+    assert runner(tiny.directory).logits(StepPlan(IDS[:4], [Segment(0, 0, 4)], [])).shape == (0, 199)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "packed16"])
+def test_weights_take_what_the_shape_foretold(tiny: Any, dtype: Dtype) -> None:
+    made = runner(tiny.directory, dtype)
+    with open_checkpoint(tiny.directory) as checkpoint:
+        shape = read_shape(checkpoint)
+    assert made.weight_bytes == shape.weight_bytes(dtype)
+    assert made.cache_bytes == 200 * shape.kv_bytes_per_token
+    assert shape.max_position == 256
+
+
+def test_a_window_ends_the_context_where_it_would_show(make_tiny: Callable[..., Any]) -> None:
+    tiny = make_tiny("qwen2", use_sliding_window=True, sliding_window=60, max_window_layers=1)
+    with open_checkpoint(tiny.directory) as checkpoint:
+        assert read_shape(checkpoint).max_position == 60
+    assert (in_chunks(runner(tiny.directory), IDS[:60], [60]) - tiny.logits(IDS[:60])).abs().max() <= 1e-4
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf(tiny: Any, path: Path, factors: list[float] | None = None) -> None:
+    """As llama.cpp's converter does it: llama files get their rotary rows interleaved, qwen2 files do not."""
+    config = tiny.model.config
+    writer = GGUFWriter(path, config.model_type)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", numpy.array(factors, dtype=numpy.float32))
+    for name, values in tiny.model.state_dict().items():
+        stem, _, part = name.rpartition(".")
+        if stem.startswith("model.layers."):
+            index, _, rest = stem.removeprefix("model.layers.").partition(".")
+            stored = f"blk.{index}.{GGUF_NAMES[rest]}.{part}"
+        else:
+            stored = f"{GGUF_NAMES[stem]}.{part}"
+        if config.model_type == "llama" and rest_is_rotary(stem):
+            heads = config.num_attention_heads if "q_proj" in stem else config.num_key_value_heads
+            values = values.view(heads, 2, -1, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
+        if stem != "lm_head" or not config.tie_word_embeddings:
+            writer.add_tensor(stored, values.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def rest_is_rotary(stem: str) -> bool:
+    return stem.endswith(("q_proj", "k_proj"))
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-tied", "llama-biases", "qwen2", "qwen2-tied"])
+def test_a_gguf_file_of_the_same_model_computes_the_same(
+    case: str, make_tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    kind, options = CASES[case]
+    tiny = make_tiny(kind, **options)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny, path)
+    assert (in_chunks(runner(path), IDS, [150]) - tiny.logits(IDS)).abs().max() <= 1e-4
+
+
+def test_frequency_factors_in_a_gguf_file_divide_the_frequencies(
+    make_tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Factors of 4 for all pairs are positions divided by 4, which transformers calls linear scaling."""
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    tiny = make_tiny("llama", rope_parameters=rope)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny, path, factors=[4.0] * 4)
+    assert (in_chunks(runner(path), IDS, [150]) - tiny.logits(IDS)).abs().max() <= 1e-4

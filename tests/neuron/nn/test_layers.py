@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cortex.neuron.nn.embedding import Embedding
+from cortex.neuron.nn.linear import Linear
+from cortex.neuron.nn.mlp import GatedMLP
+from cortex.neuron.nn.norm import FEW_ROWS, RMSNorm
+from cortex.neuron.nn.placement import Dtype, Placement
+from cortex.neuron.nn.plan import Segment, StepPlan
+from cortex.neuron.nn.rotary import inverse_frequencies, rotate_, rotations
+from cortex.neuron.nn.step import prepare
+
+CPU = torch.device("cpu")
+EXACT = Placement(CPU, "float32")
+PACKED = Placement(CPU, "packed16")
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1, 40])
+def test_rms_norm_is_its_formula_for_few_and_many_rows(rows: int) -> None:
+    x, weight = 30 * random(rows, 96) + 5, random(96, seed=2)
+    norm = RMSNorm(96, 1e-5, EXACT)
+    norm.fill({"weight": weight})
+    exact = x.double()
+    expected = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5) * weight
+    assert torch.allclose(norm(x).double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_rms_norm_keeps_a_row_of_zeros() -> None:
+    norm = RMSNorm(8, 1e-5, EXACT)
+    norm.fill({"weight": torch.ones(8)})
+    assert torch.equal(norm(torch.zeros(1, 8)), torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_a_packed_linear_loses_nothing_but_the_rounding_of_its_weight(biased: bool, rows: int) -> None:
+    x, weight, bias = random(rows, 72), random(50, 72, seed=2), random(50, seed=3) if biased else None
+    linear = Linear(72, 50, PACKED, bias=biased)
+    linear.fill({"weight": weight.clone()} | ({} if bias is None else {"bias": bias}))
+    expected = F.linear(x.double(), weight.half().double(), None if bias is None else bias.double())
+    assert torch.allclose(linear(x).double(), expected, atol=1e-5)
+
+
+def test_a_packed_linear_does_not_mix_rows() -> None:
+    linear = Linear(64, 64, PACKED)
+    linear.fill({"weight": random(64, 64)})
+    x = random(9, 64, seed=2)
+    x[4] *= 1000
+    assert torch.allclose(linear(x)[2], linear(x[2:3])[0], atol=1e-5)
+
+
+def test_a_full_precision_linear_is_exact() -> None:
+    weight, bias, x = random(5, 4), random(5, seed=2), random(3, 4, seed=3)
+    linear = Linear(4, 5, EXACT, bias=True)
+    linear.fill({"weight": weight, "bias": bias})
+    assert torch.equal(linear(x), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "packed16"])
+def test_an_embedding_gives_rows_of_its_table_in_fp32(dtype: Dtype) -> None:
+    table = random(10, 6).half().float()
+    embedding = Embedding(10, 6, Placement(CPU, dtype))
+    embedding.fill({"weight": table.to(embedding.weight.dtype)})
+    ids = torch.tensor([3, 3, 9])
+    assert embedding(ids).dtype == torch.float32
+    assert torch.equal(embedding(ids), table[ids])
+
+
+def test_the_gated_mlp_is_its_formula() -> None:
+    x, gate, up, down = random(3, 8), random(12, 8, seed=2), random(12, 8, seed=3), random(8, 12, seed=4)
+    mlp = GatedMLP(8, 12, EXACT, bias=False)
+    mlp.gate_up.fill({"weight": torch.cat((gate, up))})
+    mlp.down.fill({"weight": down})
+    assert torch.allclose(mlp(x), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T, atol=1e-5)
+
+
+def test_rotating_pairs_is_rotating_halves_of_reordered_rows() -> None:
+    heads = random(5, 3, 16)
+    angles = torch.tensor([0, 1, 2, 700, 30]).float().unsqueeze(-1) * inverse_frequencies(16, 10000.0)
+    cos, sin = (torch.cat((part, part), -1).unsqueeze(1) for part in (angles.cos(), angles.sin()))
+    halves = torch.cat((-heads[..., 8:], heads[..., :8]), -1)
+    expected = heads * cos + halves * sin
+    pairs = heads.unflatten(-1, (2, 8)).transpose(-1, -2).reshape(heads.shape).contiguous()
+    rotate_(pairs, rotations(torch.tensor([0, 1, 2, 700, 30]), inverse_frequencies(16, 10000.0)))
+    back = pairs.unflatten(-1, (8, 2)).transpose(-1, -2).reshape(heads.shape)
+    assert torch.allclose(back, expected, atol=1e-6)
+
+
+def test_a_step_gives_each_segment_its_rows_and_each_token_its_position() -> None:
+    plan = StepPlan([7, 8, 9, 5], [Segment(1, 4, 3), Segment(0, 9, 1)], [2, 3])
+    step = prepare(plan, CPU)
+    assert step.ids.tolist() == [7, 8, 9, 5]
+    assert step.positions.tolist() == [4, 5, 6, 9]
+    assert step.wanted is not None
+    assert step.wanted.tolist() == [2, 3]
+    chunk, token = step.spans
+    assert chunk[:5] == (1, 4, 7, 0, 3)
+    assert token[:5] == (0, 9, 10, 3, 4)
+    assert chunk.mask is not None
+    assert (chunk.mask == 0).tolist() == [[column <= 4 + row for column in range(7)] for row in range(3)]
+    assert token.mask is None

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import pytest
+from gguf import GGUFWriter
+
+from cortex.neuron.weights.checkpoint import open_checkpoint
+from cortex.wire.errors import LoadFailed
+
+
+def write_gguf(path: Path, architecture: str = "llama", **integers: int) -> None:
+    writer = GGUFWriter(path, architecture)
+    for key, value in integers.items():
+        writer.add_uint32(key.replace("_", "."), value)
+    writer.add_tensor("w", numpy.ones((64, 64), dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LoadFailed, match=r"nothing\.gguf does not exist"):
+        open_checkpoint(tmp_path / "nothing.gguf")
+    with pytest.raises(LoadFailed, match="cannot be read: File name too long"):
+        open_checkpoint(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, r"config\.json cannot be read"),
+        ("{", "the configuration is not a JSON object"),
+        ("[]", "the configuration is not a JSON object"),
+        ("{}", r"config\.json names no model_type"),
+        ('{"model_type": "llama"}', r"holds no \*\.safetensors file"),
+    ],
+)
+def test_a_directory_without_a_model_is_named(tmp_path: Path, config: str | None, said: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(LoadFailed, match=said):
+        open_checkpoint(tmp_path)
+
+
+def test_a_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model-00001-of-00003.gguf"
+    write_gguf(path, split_count=3)
+    with pytest.raises(LoadFailed, match="one of 3 parts"):
+        open_checkpoint(path)
+
+
+def test_rows_of_a_file_that_was_cut_short_are_refused_not_a_bus_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    with open_checkpoint(path) as checkpoint:
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size - 8192)
+        with pytest.raises(LoadFailed, match="cut short"):
+            checkpoint.rows("w", 0, 1)
+
+
+def test_closing_unmaps_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    checkpoint = open_checkpoint(path)
+    rows = checkpoint.rows("w", 0, 2)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    checkpoint.close()
+    assert rows[0] == 0  # who still reads is not disturbed
+    rows.release()
+    del rows
+    assert str(path) not in Path("/proc/self/maps").read_text()

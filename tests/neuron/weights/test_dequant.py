@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize as reference
+
+from cortex.neuron.weights.dequant import dequantize
+from cortex.neuron.weights.layout import BLOCKS, READABLE
+
+PLAIN = {"F32": numpy.float32, "F16": numpy.float16}
+
+
+@pytest.mark.parametrize("dtype", READABLE)
+def test_numbers_are_bit_equal_to_ggufs_own(dtype: str) -> None:
+    """Random bytes: every quant and scale occurs, infinities and NaN among the scales included."""
+    per_block, block_bytes = BLOCKS[dtype]
+    row_blocks = 5 if per_block > 1 else 160
+    raw = numpy.random.default_rng(7).integers(0, 256, (33, row_blocks * block_bytes), dtype=numpy.uint8)
+    with numpy.errstate(all="ignore"):
+        stored = raw.view(PLAIN[dtype]) if dtype in PLAIN else raw
+        expected = reference(stored, GGMLQuantizationType[dtype])
+    found = dequantize(torch.from_numpy(raw), dtype).numpy()
+    assert found.dtype == numpy.float32
+    assert found.shape == (33, row_blocks * per_block)
+    assert numpy.array_equal(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_numbers_at_odd_addresses_are_read(dtype: str) -> None:
+    size = BLOCKS[dtype][1]
+    raw = torch.arange(1 + 8 * size, dtype=torch.uint8)
+    assert torch.equal(
+        dequantize(raw[1:].view(2, 4 * size), dtype), dequantize(raw[1:].clone().view(2, 4 * size), dtype)
+    )

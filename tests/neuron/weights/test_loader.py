@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize as reference
+from gguf.quants import quantize
+from torch import Tensor, nn
+
+from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
+from cortex.neuron.weights.loader import CHUNK, load
+from cortex.neuron.weights.source import Piece, Source, whole
+from cortex.wire.errors import LoadFailed
+
+RNG = numpy.random.default_rng(3)
+UPPER = RNG.standard_normal((48, 64), dtype=numpy.float32)
+LOWER = quantize(RNG.standard_normal((16, 64), dtype=numpy.float32), GGMLQuantizationType.Q8_0)
+LOWER_NUMBERS = torch.from_numpy(reference(LOWER, GGMLQuantizationType.Q8_0))
+VECTOR = RNG.standard_normal(48, dtype=numpy.float32)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    path = tmp_path_factory.mktemp("loader") / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_tensor("upper", UPPER)
+    writer.add_tensor("lower", LOWER, raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.add_tensor("vector", VECTOR)
+    writer.add_tensor("long", numpy.ones((3, CHUNK), dtype=numpy.float16))
+    writer.add_tensor("odd", numpy.zeros((4, 256), dtype=numpy.int8))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return open_checkpoint(path)
+
+
+class Taker(nn.Module):
+    """Keeps what it is given, and counts how often."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.given: list[Mapping[str, Tensor]] = []
+        for name, shape in shapes.items():
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        self.given.append(tensors)
+
+
+def filled(checkpoint: Checkpoint, taker: Taker, **sources: Source) -> Mapping[str, Tensor]:
+    load(taker, sources, checkpoint, lambda done, total: None)
+    (given,) = taker.given
+    return given
+
+
+def test_row_ranges_of_several_tensors_are_joined_in_order(checkpoint: Checkpoint) -> None:
+    source = (Piece("lower", 4, 9), Piece("upper"), Piece("lower", 15))
+    given = filled(checkpoint, Taker(w=(54, 64)), w=source)
+    expected = torch.cat((LOWER_NUMBERS[4:9], torch.from_numpy(UPPER), LOWER_NUMBERS[15:]))
+    assert torch.equal(given["w"], expected)
+
+
+def test_two_shards_are_the_halves_of_the_whole(checkpoint: Checkpoint) -> None:
+    halves = [
+        filled(checkpoint, Taker(w=(32, 64)), w=(Piece("upper", *upper), Piece("lower", *lower)))["w"]
+        for upper, lower in [((0, 24), (0, 8)), ((24, 48), (8, 16))]
+    ]
+    assert torch.equal(torch.cat((halves[0][:24], halves[1][:24])), torch.from_numpy(UPPER))
+    assert torch.equal(torch.cat((halves[0][24:], halves[1][24:])), LOWER_NUMBERS)
+
+
+def test_rotary_halves_become_pairs_within_each_head(checkpoint: Checkpoint) -> None:
+    given = filled(
+        checkpoint, Taker(w=(48, 64), b=(48,)), w=(Piece("upper", pairs=12),), b=(Piece("vector", pairs=12),)
+    )
+    order = [head + part for head in range(0, 48, 12) for i in range(6) for part in (i, i + 6)]
+    assert torch.equal(given["w"], torch.from_numpy(UPPER[order]))
+    assert torch.equal(given["b"], torch.from_numpy(VECTOR[order]))
+
+
+def test_parameters_are_handed_over_in_their_own_dtype(checkpoint: Checkpoint) -> None:
+    given = filled(checkpoint, Taker(dtype=torch.float16, w=(16, 64)), w=whole("lower"))
+    assert torch.equal(given["w"], LOWER_NUMBERS.half())
+
+
+def test_progress_counts_the_bytes_that_are_read_up_to_all_of_them(checkpoint: Checkpoint) -> None:
+    told: list[tuple[int, int]] = []
+    sources = {"w": whole("long"), "b": (Piece("vector", 0, 10),)}
+    taker = Taker(w=(3, CHUNK), b=(10,))
+    load(taker, sources, checkpoint, lambda done, total: told.append((done, total)))
+    everything = 3 * CHUNK * 2 + 40
+    assert [done for done, _ in told] == [0, CHUNK * 2, CHUNK * 4, CHUNK * 6, everything]
+    assert {total for _, total in told} == {everything}
+
+
+def test_modules_are_filled_in_file_order_whatever_the_tree(checkpoint: Checkpoint) -> None:
+    filled_: list[str] = []
+
+    class Named(Taker):
+        def fill(self, tensors: Mapping[str, Tensor]) -> None:
+            filled_.append(str(next(iter(tensors.values())).dim()))
+
+    tree = nn.ModuleDict({"a": Named(w=(48,)), "b": Named(w=(48, 64))})
+    load(tree, {"a.w": whole("vector"), "b.w": whole("upper")}, checkpoint, lambda done, total: None)
+    assert filled_ == ["2", "1"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "source", "said"),
+    [
+        ((48, 64), whole("missing"), "lacks tensor missing"),
+        ((49, 64), whole("upper"), r"asks for \[49, 64\], the file has upper \[48, 64\]"),
+        ((48, 32), whole("upper"), r"asks for \[48, 32\], the file has upper \[48, 64\]"),
+        ((48, 64), (Piece("upper", 0, 49),), "tensor upper has 48 rows; rows 0 to 49 are needed"),
+        ((48, 64), (Piece("upper", pairs=10),), "tensor upper has 48 rows"),
+        ((48,), whole("upper"), r"tensor upper has the shape \[48, 64\]"),
+        ((4, 256), whole("odd"), "tensor odd is stored as I8"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_read(
+    checkpoint: Checkpoint, shape: tuple[int, ...], source: Source, said: str
+) -> None:
+    told: list[int] = []
+    with pytest.raises(LoadFailed, match=said):
+        load(Taker(w=shape), {"w": source}, checkpoint, lambda done, total: told.append(done))
+    assert told == []
+
+
+class Abort(Exception):
+    pass
+
+
+def test_an_abort_frees_everything(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    taker = Taker(w=(48, 64), long=(3, CHUNK))
+    watched = weakref.ref(taker)
+
+    def abort(done: int, total: int) -> None:
+        if done:
+            raise Abort
+
+    with pytest.raises(Abort):
+        load(taker, {"w": whole("upper"), "long": whole("long")}, checkpoint, abort)
+    assert taker.given == []
+    del taker
+    gc.collect()
+    assert watched() is None
+
+
+def test_a_module_that_cannot_be_filled_fails_the_load(checkpoint: Checkpoint) -> None:
+    class Full(Taker):
+        def fill(self, tensors: Mapping[str, Tensor]) -> None:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        load(Full(w=(48, 64)), {"w": whole("upper")}, checkpoint, lambda done, total: None)
