@@ -1,0 +1,34 @@
+"""Logs of the daemons on stderr: a line a record, `time= level= logger=` and then what the record says.
+
+The records themselves are words and `key=value` pairs. Knows no logger by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import IO
+
+
+class LineFormatter(logging.Formatter):
+    """One line a record, UTC; only a traceback adds lines, indented so that none looks like a record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
+        level = record.levelname.lower()
+        line = f"time={time.removesuffix('+00:00')}Z level={level} logger={record.name} {message}"
+        if record.exc_info:
+            line += "".join(f"\n    {row}" for row in self.formatException(record.exc_info).splitlines())
+        return line
+
+
+def log_to(stream: IO[str] | None = None, level: int = logging.INFO) -> None:
+    """Sends every logger's records to `stream` (default: stderr) and nowhere else."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(LineFormatter())
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level)
+    logging.captureWarnings(True)
