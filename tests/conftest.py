@@ -34,7 +34,7 @@ fetched: dict[str, Path | CortexError] = {}
 
 hypothesis.settings.register_profile(
     "fixed",
-    derandomize=False,
+    derandomize=True,
     database=None,
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],

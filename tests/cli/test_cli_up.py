@@ -19,6 +19,7 @@ from cortex.cli.up import (
     guide,
     program,
     reference,
+    stop_all,
     while_alive,
     write_configs,
 )
@@ -77,8 +78,8 @@ def test_the_guide_tells_how_to_go_on(plan: Plan) -> None:
     text = guide(plan, "cortex")
     assert "OPENAI_BASE_URL=http://127.0.0.1:4001/v1" in text
     assert "http://127.0.0.1:4002/metrics" in text
-    assert "cortex chat --temperature 0.2 --endpoint http://127.0.0.1:4001\n" in text
-    assert "cortex chat --temperature 0.2\n" in guide(plan._replace(port=31313), "cortex")
+    assert "cortex chat --temperature 0 --endpoint http://127.0.0.1:4001\n" in text
+    assert "cortex chat --temperature 0\n" in guide(plan._replace(port=31313), "cortex")
 
 
 def test_the_program_is_named_so_that_it_can_be_called() -> None:
@@ -193,3 +194,26 @@ async def test_a_stop_ends_the_wait_and_the_work(tmp_path: Path) -> None:
     assert not await while_alive(work(), [child], stop)
     assert cancelled.is_set()
     await child.stop(0)
+
+
+DRAINS = """
+import os, signal, socket, sys, time
+def finish(*_):
+    os.kill({neuron}, 0)
+    print("the neuron was there to the end", flush=True)
+    os._exit(0)
+signal.signal(signal.SIGTERM, finish)
+s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+s.sendto(b"READY=1", "\\0" + os.environ["NOTIFY_SOCKET"][1:])
+time.sleep(60)
+"""
+
+
+async def test_the_neuron_outlives_the_gateway_that_finishes_its_answers(tmp_path: Path) -> None:
+    neuron = await python("import time; time.sleep(60)", tmp_path / "neuron")
+    gateway = await python(DRAINS.format(neuron=neuron.pid), tmp_path / "gateway")
+    await gateway.ready()
+    await stop_all([neuron, gateway])
+    assert await gateway.ended() == 0
+    assert "to the end" in (tmp_path / "gateway").read_text()
+    assert await neuron.ended() < 0

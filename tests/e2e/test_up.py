@@ -93,8 +93,8 @@ def test_it_gets_ready_answers_and_ends_on_sigterm_without_a_trace(up, smollm2_p
     cards = json.loads(fetch(f"{running.endpoint}/v1/models"))["data"]
     assert [(card["id"], card["loaded"]) for card in cards] == [(model, True)]
     question = {"role": "user", "content": "What is the capital of France?"}
-    ask = {"model": model, "messages": [question], "max_tokens": 12, "temperature": 0}
-    reply = json.loads(fetch(f"{running.endpoint}/v1/chat/completions", ask))
+    body = {"model": model, "messages": [question], "max_tokens": 12, "temperature": 0}
+    reply = json.loads(fetch(f"{running.endpoint}/v1/chat/completions", body))
     assert "Paris" in reply["choices"][0]["message"]["content"]
     assert b"cortex_requests_total" in fetch(f"http://127.0.0.1:{running.ports[1]}/metrics")
     said = subprocess.run(

@@ -28,6 +28,8 @@ def log_to(stream: IO[str] | None = None, level: int = logging.INFO) -> None:
     """Sends every logger's records to `stream` (default: stderr) and nowhere else."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(LineFormatter())
+    # Nobody prints these, and each costs every record something.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)

@@ -35,8 +35,8 @@ DEFAULT_MODEL_ID: Final = "smollm2-135m"
 HOST: Final = "127.0.0.1"
 GRACE_S: Final = 35.0
 """More than the daemons themselves give to answers that are running when the end is asked for."""
-TEMPERATURE: Final = 0.2
-"""In the examples: what SmolLM2's authors advise; at 1 so small a model often rambles."""
+TEMPERATURE: Final = 0
+"""In the examples: above it so small a model often rambles."""
 LISTED_WITHIN_S: Final = 30.0
 DEATH_WITHIN_S: Final = 0.5
 """A lost connection and the end of the process behind it become known this close to each other."""
@@ -193,7 +193,13 @@ async def _live(plan: Plan) -> None:
             await while_alive(stop.wait(), children, stop)
         click.echo("stopping; Ctrl-C again ends at once")
     finally:
-        await asyncio.gather(*(child.stop(GRACE_S) for child in children))
+        await stop_all(children)
+
+
+async def stop_all(children: list[Child]) -> None:
+    """The last started first: what the gateway is still answering needs the neuron."""
+    for child in reversed(children):
+        await child.stop(GRACE_S)
 
 
 async def _start(plan: Plan, name: str, command: str, config: str) -> Child:
@@ -277,6 +283,7 @@ def guide(plan: Plan, cortex: str) -> str:
         "model": plan.model_id,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "temperature": TEMPERATURE,
+        "max_tokens": 100,
     }
     question = shlex.quote(json.dumps(body))
     endpoint = "" if plan.gateway == DEFAULT_ENDPOINT else f" --endpoint {plan.gateway}"

@@ -38,72 +38,67 @@ DEVICE_READINGS: Mapping[str, str] = {
 }
 
 
+NUMBERS: Mapping[str, tuple[type[Counter | Gauge], str, tuple[str, ...]]] = {
+    "cortex_requests_total": (Counter, "Requests by how they ended.", (*SERVED, "dialect", "outcome")),
+    "cortex_requests_in_flight": (Gauge, "Requests that a node is serving for us.", SERVED),
+    "cortex_retries_total": (Counter, "Requests that went on to another node.", ("model", "reason")),
+    "cortex_prompt_tokens_total": (Counter, "Prompt tokens of requests that were served.", SERVED),
+    "cortex_completion_tokens_total": (Counter, "Completion tokens that were served.", SERVED),
+    "cortex_cached_prompt_tokens_total": (
+        Counter,
+        "Prompt tokens that a node found in its prefix cache.",
+        SERVED,
+    ),
+}
+DISTRIBUTIONS: Mapping[str, tuple[str, Sequence[float]]] = {
+    "cortex_request_duration_seconds": ("From arrival to the last byte.", REQUEST_DURATION),
+    "cortex_time_to_first_token_seconds": (
+        "Streamed requests, from arrival to the first token.",
+        TIME_TO_FIRST_TOKEN,
+    ),
+    "cortex_inter_token_latency_seconds": (
+        "Mean gap between the output events of a streamed request.",
+        INTER_TOKEN_LATENCY,
+    ),
+    "cortex_tokens_per_second": ("Completion tokens a second, by request.", TOKENS_PER_SECOND),
+    "cortex_gateway_overhead_seconds": (
+        "Time in the gateway itself, from the last byte of the request to its dispatch.",
+        OVERHEAD,
+    ),
+}
+
+
 class GatewayMetrics:
     name = "prometheus"
 
     def __init__(self) -> None:
         registry = self._registry = Registry()
-
-        self._numbers: list[Numbers] = []
-
-        def numbers(kind: type[Counter | Gauge], name: str, text: str, *labels: str) -> Numbers:
-            series = Numbers(kind(name, text, registry=registry), *labels)
-            self._numbers.append(series)
-            return series
-
-        def times(name: str, text: str, buckets: Sequence[float]) -> Distributions:
-            collector = Histogram(name, text, registry=registry, buckets=buckets)
-            return Distributions(collector, *SERVED)
-
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, registry=registry)
-
-        self._requests = numbers(
-            Counter, "cortex_requests_total", "Requests by how they ended.", *SERVED, "dialect", "outcome"
+        numbers = self._numbers = {
+            name: Numbers(kind(name, text, registry=registry), *labels)
+            for name, (kind, text, labels) in NUMBERS.items()
+        }
+        times = {
+            name: Distributions(Histogram(name, text, registry=registry, buckets=buckets), *SERVED)
+            for name, (text, buckets) in DISTRIBUTIONS.items()
+        }
+        self._requests = numbers["cortex_requests_total"]
+        self._in_flight = numbers["cortex_requests_in_flight"]
+        self._retries = numbers["cortex_retries_total"]
+        self._prompt = numbers["cortex_prompt_tokens_total"]
+        self._completion = numbers["cortex_completion_tokens_total"]
+        self._cached = numbers["cortex_cached_prompt_tokens_total"]
+        self._duration = times["cortex_request_duration_seconds"]
+        self._ttft = times["cortex_time_to_first_token_seconds"]
+        self._itl = times["cortex_inter_token_latency_seconds"]
+        self._rate = times["cortex_tokens_per_second"]
+        self._overhead = times["cortex_gateway_overhead_seconds"]
+        self._node_up = Gauge("cortex_node_up", "1 while the node answers polls.", registry=registry)
+        self._model_state = Gauge(
+            "cortex_model_state", "1 for the state that a node reports of a model.", registry=registry
         )
-        self._duration = times(
-            "cortex_request_duration_seconds", "From arrival to the last byte.", REQUEST_DURATION
-        )
-        self._ttft = times(
-            "cortex_time_to_first_token_seconds",
-            "Streamed requests, from arrival to the first token.",
-            TIME_TO_FIRST_TOKEN,
-        )
-        self._itl = times(
-            "cortex_inter_token_latency_seconds",
-            "Mean gap between the output events of a streamed request.",
-            INTER_TOKEN_LATENCY,
-        )
-        self._rate = times(
-            "cortex_tokens_per_second", "Completion tokens a second, by request.", TOKENS_PER_SECOND
-        )
-        self._overhead = times(
-            "cortex_gateway_overhead_seconds",
-            "Time in the gateway itself, from the last byte of the request to its dispatch.",
-            OVERHEAD,
-        )
-        self._prompt = numbers(
-            Counter, "cortex_prompt_tokens_total", "Prompt tokens of requests that were served.", *SERVED
-        )
-        self._completion = numbers(
-            Counter, "cortex_completion_tokens_total", "Completion tokens that were served.", *SERVED
-        )
-        self._cached = numbers(
-            Counter,
-            "cortex_cached_prompt_tokens_total",
-            "Prompt tokens that a node found in its prefix cache.",
-            *SERVED,
-        )
-        self._in_flight = numbers(
-            Gauge, "cortex_requests_in_flight", "Requests that a node is serving for us.", *SERVED
-        )
-        self._retries = numbers(
-            Counter, "cortex_retries_total", "Requests that went on to another node.", "model", "reason"
-        )
-        self._node_up = gauge("cortex_node_up", "1 while the node answers polls.")
-        self._model_state = gauge("cortex_model_state", "1 for the state that a node reports of a model.")
         self._devices = {
-            reading: gauge(f"cortex_device_{reading}", text) for reading, text in DEVICE_READINGS.items()
+            reading: Gauge(f"cortex_device_{reading}", text, registry=registry)
+            for reading, text in DEVICE_READINGS.items()
         }
         self._polled: dict[str, list[tuple[Gauge, dict[str, str]]]] = {}
 
@@ -160,7 +155,7 @@ class GatewayMetrics:
 
     def render(self, accept: str = "text/plain") -> tuple[bytes, Mapping[str, str]]:
         """The whole exposition and its headers."""
-        for series in self._numbers:
+        for series in self._numbers.values():
             series.flush()
         body, headers = render(self._registry, [accept])
         return _as_bytes(body), headers
