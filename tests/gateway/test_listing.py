@@ -2,6 +2,7 @@
 
 import msgspec
 
+from cortex import __version__
 from cortex.config import ModelsConfig
 from cortex.testing import FakeNode
 from cortex.wire.node import Limit
@@ -90,4 +91,5 @@ async def test_health_without_nodes_is_degraded_and_still_answers(make_world):
 async def test_nodes_are_shown_with_their_models(world):
     [view] = (await world.client.get("/nodes")).json()
     assert (view["name"], view["endpoint"], view["up"]) == ("a", "http://a:13131", True)
+    assert view["version"] == __version__
     assert [model["id"] for model in view["models"]] == ["m"]

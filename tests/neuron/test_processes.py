@@ -42,6 +42,13 @@ def busy(sock):
     sock.sendall(frame(LoadProgress(phase="busy", done=os.getpid(), total=os.getppid())))
     time.sleep(600)
 
+def environment(sock):
+    said = os.environ["NODE_TEST_SET"] + ", " + os.environ["NODE_TEST_UNSET"]
+    sock.sendall(frame(LoadProgress(phase=said, done=0, total=0)))
+
+def lacks_a_module(sock):
+    sys.exit(1)
+
 def garbage(sock):
     sock.sendall(bytes([5, 0, 0, 0]) + b"hello")
 '''
@@ -99,7 +106,7 @@ async def test_a_worker_that_ends_is_noticed_with_its_cause(warm: WarmServer) ->
     os.kill(by_signal.pid, signal.SIGKILL)
     assert "SIGKILL" in await by_signal.ended()
     await anext(by_itself.reports())
-    assert not await by_itself.read_all()
+    assert [report async for report in by_itself.reports()] == []
     with pytest.raises(OSError):  # noqa: PT011
         await by_itself.send(Cancel(key=1))
     await by_itself.close()
@@ -115,9 +122,9 @@ async def test_what_is_no_report_ends_the_conversation(workers: Load) -> None:
     await server.stop()
 
 
-async def test_a_missing_module_is_told_before_anything_is_served(workers: Load) -> None:
-    server = WarmServer(["no_such_module_here"], workers("echo"))
-    with pytest.raises(LoadFailed, match="No module named 'no_such_module_here'"):
+async def test_workers_that_cannot_run_are_told_before_anything_is_served(workers: Load) -> None:
+    server = WarmServer([], workers("lacks_a_module"))
+    with pytest.raises(LoadFailed, match=r"ended with exit code 1.*helexa-cortex\[neuron\]"):
         await server.start()
     await server.stop()
 
@@ -194,7 +201,6 @@ from cortex.neuron.processes import WarmServer
 
 async def main():
     server = WarmServer(["colorsys"], node_test_workers.busy)
-    await server.start()
     worker = await server.spawn()
     report = await anext(worker.reports())
     print(report.done, report.total, flush=True)
@@ -238,3 +244,20 @@ async def test_a_node_that_fails_without_cleaning_up_ends_all_the_same(tmp_path:
     assert await asyncio.wait_for(program.wait(), 10) == 5
     _, remaining = await asyncio.to_thread(psutil.wait_procs, started, 10)
     assert not remaining
+
+
+async def test_the_environment_is_set_for_workers_but_never_over_the_operators(
+    workers: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NODE_TEST_SET", "by the operator")
+    monkeypatch.delenv("NODE_TEST_UNSET", raising=False)
+    wishes = {"NODE_TEST_SET": "by us", "NODE_TEST_UNSET": "by us"}
+    server = WarmServer([], workers("environment"), environment=wishes)
+    await server.start()
+    worker = await server.spawn()
+    report = await anext(worker.reports())
+    assert isinstance(report, LoadProgress)
+    assert report.phase == "by the operator, by us"
+    await worker.close()
+    await server.stop()
+    monkeypatch.delenv("NODE_TEST_UNSET")

@@ -327,7 +327,7 @@ class ResidentsMachine(RuleBasedStateMachine):
 
 
 TestResidents = pytest.mark.slow(ResidentsMachine.TestCase)
-TestResidents.settings = settings(max_examples=3000, stateful_step_count=80)
+TestResidents.settings = settings(max_examples=200, stateful_step_count=60)
 
 
 def test_every_status_can_be_left() -> None:

@@ -56,7 +56,7 @@ class ScriptedStream:
             self._changed.clear()
             await self._changed.wait()
         if self.closed:
-            return b""
+            raise ConnectionAbortedError("closed from this side")
         found = self._reads.popleft()
         if isinstance(found, OSError):
             raise found

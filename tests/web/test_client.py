@@ -174,16 +174,24 @@ async def test_a_body_over_the_limit_is_not_read_to_its_end(pool_over, stream):
     "reply",
     [
         OK + b"connection: close\r\ncontent-length: 2\r\n\r\nok",
+        b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok",
         SIZED + b"surplus",
         CHUNKED + b"surplus",
+        b"HTTP/1.1 204 No Content\r\n\r\nsurplus",
     ],
-    ids=["connection: close", "surplus after a length", "surplus after chunks"],
+    ids=[
+        "connection: close",
+        "HTTP/1.0",
+        "surplus after a length",
+        "surplus after chunks",
+        "surplus after nothing",
+    ],
 )
 async def test_a_connection_that_cannot_be_trusted_is_not_reused(pool_over, stream, reply):
     there = stream(reply)
     pool = pool_over(there)
     async with await pool.request("GET", "http://node/") as answer:
-        assert await answer.read() in (b"ok", b"hello")
+        assert await answer.read() in (b"ok", b"hello", b"")
     assert there.closed
     assert repr(pool) == NOTHING
 
@@ -231,6 +239,20 @@ async def test_a_slow_reply_that_never_falls_silent_is_no_timeout(pool_over, str
         await clock.advance(9.0)
         there.feed(bytes([byte]))
     assert await asking == b"hello"
+
+
+async def test_silence_is_borne_as_long_as_somebody_vouches_for_the_peer(pool_over, stream, clock):
+    alive = True
+    pool = pool_over(stream(), idle_timeout=30.0)
+    asking = asyncio.create_task(pool.request("GET", "http://node/", is_alive=lambda: alive))
+    await clock.advance(480.0)
+    assert not asking.done()
+    alive = False
+    await clock.advance(29.0)
+    assert not asking.done()
+    await clock.advance(1.0)
+    with pytest.raises(UpstreamTimeout):
+        await asking
 
 
 async def test_a_long_upload_that_goes_on_is_no_timeout(pool_over, stream, clock):

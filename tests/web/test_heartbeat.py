@@ -87,6 +87,40 @@ async def test_a_client_that_leaves_in_silence_ends_source_and_timers(beats):
     assert test.clock.pending == 0
 
 
+async def test_no_sign_is_sent_inside_another_send():
+    """What a slow client makes wait is one send, be it a sign or data; never both at once."""
+    test = Streaming()
+    sending = 0
+    most = 0
+    app = test.client.app
+
+    async def watched(scope, receive, send):
+        async def counted(message):
+            nonlocal sending, most
+            sending += 1
+            most = max(most, sending)
+            try:
+                await send(message)
+            finally:
+                sending -= 1
+
+        await app(scope, receive, counted)
+
+    async with AsgiClient(watched).open("GET", "/") as exchange:
+        exchange.stall()
+        await test.clock.advance(KEEP_ALIVE_S)
+        test.items.put_nowait(b"data")
+        await test.clock.advance(1)
+        exchange.resume()
+        assert await exchange.chunk() == b":\n\n"
+        exchange.stall()
+        await test.clock.advance(KEEP_ALIVE_S * 3)
+        exchange.resume()
+        test.items.put_nowait(None)
+        assert (await exchange.reply()).chunks == [b"data"]
+    assert most == 1
+
+
 async def test_a_client_that_stops_reading_blocks_the_sign_and_is_gone_after_a_minute():
     test = Streaming()
     async with test.client.open("GET", "/") as exchange:

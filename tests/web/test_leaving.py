@@ -177,6 +177,18 @@ async def test_a_server_that_stops_cancels_the_handler_and_is_not_taken_for_the_
     assert "outcome=aborted" in caplog.text
 
 
+async def test_a_server_that_stops_just_as_the_client_leaves_is_obeyed(serving):
+    work = Work()
+    exchange = serving(work).open("POST", "/")
+    await work.begun.wait()
+    exchange.disconnect()
+    await asyncio.sleep(0)
+    exchange.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await exchange.ended()
+    assert work.how == "CancelledError"
+
+
 async def test_a_handler_that_swallows_the_cancellation_still_answers_nobody(serving, caplog):
     caplog.set_level(logging.INFO, "cortex.access")
     begun = asyncio.Event()

@@ -7,8 +7,8 @@ import pytest
 from cortex.testing import memory_connect
 from cortex.web.asgi import EventStream, Response
 from cortex.web.client import ConnectFailed
+from cortex.web.listener import KEEP_ALIVE_S
 from cortex.web.pool import KEEPALIVE_EXPIRY, Pool
-from cortex.web.server import KEEP_ALIVE_S
 from cortex.web.service import Route, Service
 from cortex.wire.errors import NodeLost
 
@@ -80,6 +80,14 @@ async def test_default_ports_follow_the_scheme(pool_over, stream):
     await ask(pool, "http://a/")
     await ask(pool, "https://[::1]/")
     assert pool.network.opened == [("a", 80, False), ("::1", 443, True)]
+
+
+async def test_the_connection_used_last_is_used_first_so_that_the_others_can_go(pool_over, stream):
+    first, second = stream(OK), stream(answers=[OK, OK])
+    pool = pool_over(first, second)
+    await ask_at_once(pool, 2)
+    await ask(pool)
+    assert (first.writes, second.writes) == (1, 2)
 
 
 async def test_an_idle_connection_is_closed_after_a_while(pool_over, stream, clock):
@@ -327,6 +335,13 @@ async def test_abort_is_seen_by_who_reads_later(pool_over, stream):
     assert repr(pool) == NOTHING
 
 
+async def test_an_aborted_connection_is_not_kept_even_if_its_reply_is_complete(pool_over, stream):
+    pool = pool_over(stream(b"HTTP/1.1 204 No Content\r\n\r\n"))
+    async with await pool.request("GET", NODE + "/"):
+        pool.abort(NODE, "The node is gone.")
+    assert repr(pool) == NOTHING
+
+
 async def test_after_an_abort_the_origin_can_be_asked_again(pool_over, stream):
     pool = pool_over(stream(OK), stream(OK))
     await ask(pool)
@@ -344,13 +359,41 @@ async def test_closing_ends_everything(pool_over, stream, clock):
     await settle()
     await pool.aclose()
     for task in (*busy, queued):
-        with pytest.raises(NodeLost, match="closed"):
+        with pytest.raises(NodeLost, match="has been closed"):
             await task
-    with pytest.raises(ConnectFailed, match="closed"):
+    with pytest.raises(ConnectFailed, match="has been closed"):
         await ask(pool)
+    assert len(pool.network.opened) == 2
     assert all(there.closed for there in streams)
     assert repr(pool) == NOTHING
     assert clock.pending == 0
+
+
+async def test_closing_fails_who_waits_even_if_nobody_lets_go(pool_over, stream):
+    pool = pool_over(stream(OK), per_host=1)
+    held = await pool.request("GET", NODE + "/")
+    queued = asyncio.create_task(ask(pool))
+    await settle()
+    await pool.aclose()
+    with pytest.raises(ConnectFailed, match="closed"):
+        await queued
+    await held.aclose()
+    assert repr(pool) == NOTHING
+
+
+async def test_a_connection_that_comes_about_after_closing_is_closed(pool_over, stream):
+    there = stream(OK)
+    pool = pool_over(there)
+    pool.network.gate = asyncio.Event()
+    asking = asyncio.create_task(ask(pool))
+    await settle()
+    await pool.aclose()
+    pool.network.gate.set()
+    with pytest.raises(ConnectFailed, match="closed"):
+        await asking
+    assert there.closed
+    assert there.writes == 0
+    assert repr(pool) == NOTHING
 
 
 # --- over a network in memory ---------------------------------------------------------------------
@@ -435,6 +478,18 @@ async def test_a_killed_host_breaks_its_connections_and_refuses_new_ones(pool, n
     network.revive(NODE)
     async with await pool.request("POST", NODE + "/echo", body=b"x") as reply:
         assert await reply.read() == b"x"
+
+
+async def test_an_abort_gives_its_reason_to_who_is_reading(pool, network):
+    async with await pool.request("GET", NODE + "/stream") as reply:
+        chunks = reply.chunks()
+        await anext(chunks)
+        reading = asyncio.create_task(anext(chunks))
+        await settle()
+        pool.abort(NODE, "Three polls were missed.")
+        with pytest.raises(NodeLost, match="Three polls"):
+            await reading
+    await network.node.left.wait()
 
 
 async def test_a_hanging_host_takes_requests_and_answers_when_it_wakes(pool, network):

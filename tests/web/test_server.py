@@ -115,6 +115,20 @@ async def test_a_body_over_the_cap_is_413_and_the_client_gets_to_read_it(pool, h
         assert await post(pool, url + "/echo", b"y") == (200, b"y")
 
 
+async def test_a_body_far_over_the_cap_ends_with_the_connection():
+    node = Node(body_cap=1000)
+    async with running(node.app) as ((url,), _, _):
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 50000000\r\n\r\n" + b"x" * 3_000_000)
+        assert await reader.readuntil(b"}}")
+        with contextlib.suppress(ConnectionResetError):
+            await reader.read()
+        writer.close()
+        with contextlib.suppress(ConnectionResetError):
+            await writer.wait_closed()
+
+
 async def test_events_arrive_as_they_are_produced(pool):
     node = Node()
     async with running(node.app) as ((url,), _, _):
@@ -191,7 +205,7 @@ async def test_stopping_lets_running_requests_end(pool):
             await post(pool, url + "/echo")
 
 
-async def test_stopping_waits_only_so_long(pool):
+async def test_stopping_waits_only_so_long(pool, caplog):
     node = Node()
     async with running(node.app, drain_s=0.05) as ((url,), stop, server):
         node.turn.release()
@@ -199,10 +213,12 @@ async def test_stopping_waits_only_so_long(pool):
             chunks = reply.chunks()
             await anext(chunks)
             stop.set()
-            await server
+            async with asyncio.timeout(2.0):
+                await server
             assert node.how == "cancelled"
             with pytest.raises(NodeLost):
                 await anext(chunks)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def test_a_port_in_use_is_said_so_and_takes_nothing():

@@ -1,5 +1,6 @@
 """The border of a service: replies, refusals, HEAD, CORS, the body cap and the request id."""
 
+import asyncio
 import json
 import logging
 
@@ -81,7 +82,7 @@ async def test_head_of_a_stream_starts_it_and_closes_it(serving):
         async def source():
             try:
                 yield b"data: 1\n\n"
-                yield b"data: 2\n\n"
+                await asyncio.Event().wait()
             finally:
                 closed.append(True)
 
@@ -218,6 +219,29 @@ async def test_a_refused_body_is_not_read_without_end(serving):
         reply = await exchange.reply()
         assert reply.status == 413
         await exchange.ended()
+
+
+async def test_a_server_that_waits_for_its_app_to_read_on_is_not_waited_for(serving):
+    """Its queue of what was read is full; the last send wants to add the disconnect."""
+    queue = asyncio.Queue(maxsize=2)
+    app = serving(hello, body_cap=10).app
+    sent = []
+
+    async def client():
+        while True:
+            await queue.put({"type": "http.request", "body": b"x" * 11, "more_body": True})
+
+    async def send(message):
+        await asyncio.sleep(0)
+        if message["type"] == "http.response.body" and not message["more_body"]:
+            sending.cancel()
+            await queue.put({"type": "http.disconnect"})
+        sent.append(message["type"])
+
+    sending = asyncio.create_task(client())
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    await app(scope, queue.get, send)
+    assert sent == ["http.response.start", "http.response.body", "http.response.body"]
 
 
 async def test_one_log_line_tells_the_whole_request(serving, caplog):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from cortex.gateway.node import NodeClient
-from cortex.wire.node import Discovery, Health, ModelReport
+from cortex.wire.node import Discovery, Health, ModelReport, Version
 
 MISSES_UNTIL_LOST = 3
 
@@ -25,6 +25,7 @@ class Node:
         self.misses = 0
         self.detail: str | None = "not polled yet"
         self.discovery: Discovery | None = None
+        self.version: Version | None = None
         self.health: Health | None = None
         self.models: Mapping[str, ModelReport] = {}
         self.in_flight: dict[str, int] = {}

@@ -88,6 +88,7 @@ def _view(node: Node) -> NodeView:
         endpoint=node.client.endpoint,
         up=node.up,
         detail=node.detail,
+        version=node.version.package_version if node.version else None,
         devices=node.discovery.devices if node.discovery else [],
         device_health=node.health.devices if node.health else [],
         models=list(node.models.values()),

@@ -10,7 +10,7 @@ import msgspec
 from cortex.web.client import Reply
 from cortex.web.pool import Pool
 from cortex.wire.errors import NodeLost, from_reply
-from cortex.wire.node import Discovery, Health, ModelReport
+from cortex.wire.node import Discovery, Health, ModelReport, Version
 
 POLL_TIMEOUT_S: Final = 5.0
 MAX_REPORT: Final = 16 * 2**20
@@ -59,6 +59,10 @@ class NodeClient:
     async def discovery(self) -> Discovery:
         discovery: Discovery = await self._get("/discovery", Discovery)
         return discovery
+
+    async def version(self) -> Version:
+        version: Version = await self._get("/version", Version)
+        return version
 
     async def forward(self, path: str, body: bytes, accept: str, idle_timeout: float) -> Reply:
         """Posts an operator's order as it came."""

@@ -87,6 +87,7 @@ class Poller:
             async with asyncio.timeout(POLL_TIMEOUT_S):
                 node.saw_health(await node.client.health())
                 if node.discovery is None:
+                    node.version = await node.client.version()
                     node.discovery = await node.client.discovery()
         except (NodeLost, TimeoutError) as error:
             log.info("no health node=%s detail=%r", node.name, str(error))

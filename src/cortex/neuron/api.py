@@ -149,7 +149,7 @@ class NodeApi:
         return json_response(self._residents.reports())
 
     async def cards(self, request: Request) -> Response:
-        cards = [_card(report) for report in self._residents.reports() if report.status == "loaded"]
+        cards = [_plain_card(report) for report in self._residents.reports() if report.status == "loaded"]
         return json_response({"object": "list", "data": cards})
 
     async def endpoint(self, request: Request) -> Response:
@@ -237,8 +237,9 @@ def _keep_alive() -> bytes:
 _COMMENT: Final = sse.comment("loading")
 
 
-def _card(report: ModelReport) -> ModelCard:
-    return ModelCard(
+def _plain_card(report: ModelReport) -> dict[str, object]:
+    """With the members that OpenAI's clients expect, whatever their values."""
+    card = ModelCard(
         id=report.id,
         created=int(report.loaded_at or 0),
         owned_by="neuron",
@@ -248,6 +249,7 @@ def _card(report: ModelReport) -> ModelCard:
         tool_call=report.tool_call,
         reasoning=report.reasoning,
     )
+    return {"object": card.object, "created": card.created, **msgspec.to_builtins(card)}
 
 
 def _version() -> Version:

@@ -29,6 +29,7 @@ from cortex.neuron.residents import Residents
 from cortex.neuron.torch_engine import DTYPES, TorchFactory
 from cortex.neuron.wheels import WheelCache
 from cortex.plugins import load_engine_plugins
+from cortex.web.idle import CallLater, Clock, loop_call_later
 from cortex.web.service import Service
 from cortex.wire.node import LoadRequest
 
@@ -79,7 +80,8 @@ def build_neuron(
     *,
     factories: Mapping[str, EngineFactory] | None = None,
     hardware: Hardware | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Clock = time.monotonic,
+    call_later: CallLater = loop_call_later,
     wall: Callable[[], float] = time.time,
 ) -> Neuron:
     """`factories` stand in for the engines that are built in and installed, by name; the first one is for
@@ -90,11 +92,7 @@ def build_neuron(
     """
     hardware = hardware or Hardware()
     engines = _engines(config) if factories is None else factories
-    models_dir = Path(config.models_dir).expanduser().absolute()
-    try:
-        references = References(models_dir, WheelCache(models_dir / "cache"), config.sources)
-    except ValueError as error:
-        raise ConfigError(f"sources: {error}.") from None
+    references = _references(config)
     metrics = NeuronMetrics()
     ledger = _ledger(config, hardware)
     loader = Loader(
@@ -105,16 +103,15 @@ def build_neuron(
         devices=[device.uuid for device in hardware.devices],
         threads=config.harness.torch.threads or hardware.cores,
     )
-    defaults = [LoadRequest(**msgspec.structs.asdict(model)) for model in config.default_models]
     residents = Residents(
         loader,
-        defaults=defaults,
+        defaults=_defaults(config),
         max_waiting=config.admission.max_waiting,
         on_loaded=metrics.loaded,
         clock=clock,
         wall=wall,
     )
-    activator = Activator(residents, [model.model_id for model in defaults])
+    activator = Activator(residents, [model.model_id for model in config.default_models])
     monitor = Monitor(hardware.read)
     api = NodeApi(
         residents=residents,
@@ -131,10 +128,23 @@ def build_neuron(
         api.routes(),
         name="neuron",
         clock=clock,
+        call_later=call_later,
         body_cap=config.body_limit_mb * MIB,
         guard=node_guard(config.node_token),
     )
     return Neuron(app, residents, engines, lambda: {"monitor": monitor.run(), "activation": activator.run()})
+
+
+def _references(config: NeuronConfig) -> References:
+    models_dir = Path(config.models_dir).expanduser().absolute()
+    try:
+        return References(models_dir, WheelCache(models_dir / "cache"), config.sources)
+    except ValueError as error:
+        raise ConfigError(f"sources: {error}.") from None
+
+
+def _defaults(config: NeuronConfig) -> list[LoadRequest]:
+    return [msgspec.convert(msgspec.structs.asdict(model), LoadRequest) for model in config.default_models]
 
 
 def _engines(config: NeuronConfig) -> dict[str, EngineFactory]:

@@ -22,7 +22,7 @@ from cortex.wire import sse
 from cortex.wire.chat import ChatChunk, ChatRequest, decode
 from cortex.wire.errors import CortexError, to_bytes
 
-_KEEP_ALIVE: Final = sse.comment("keep-alive")
+_COMMENT: Final = sse.comment("keep-alive")
 _encoder: Final = msgspec.json.Encoder()
 
 
@@ -51,10 +51,13 @@ class ChatApi:
         except CortexError as error:
             self._metrics.refused(error.code)
             raise
-        stream = _Stream()
-        return EventStream(
-            self._events(request, wanted, stream), fail=_last_words, keep_alive=stream.keep_alive
-        )
+
+        def begin() -> None:
+            """Only now signs of life may go out: before the first token nothing commits to a status."""
+            stream.keep_alive = _keep_alive
+
+        stream = EventStream(self._events(request, wanted, begin), fail=_last_words)
+        return stream
 
     async def _whole(self, request: Request, wanted: ChatRequest) -> Response:
         async with self._residents.lease(wanted.model, request.id) as served:
@@ -62,18 +65,21 @@ class ChatApi:
         return Response(_encoder.encode(reply))
 
     async def _events(
-        self, request: Request, wanted: ChatRequest, stream: _Stream
+        self, request: Request, wanted: ChatRequest, begin: Callable[[], None]
     ) -> AsyncGenerator[bytes, None]:
+        begun = False
         try:
             async with (
                 self._residents.lease(wanted.model, request.id) as served,
                 aclosing(self._chunks(request, wanted, served)) as chunks,
             ):
                 async for chunk in chunks:
-                    stream.begun = True
+                    if not begun:
+                        begun = True
+                        begin()
                     yield b"data: " + _encoder.encode(chunk) + b"\n\n"
         except CortexError as error:
-            if not stream.begun:
+            if not begun:
                 self._metrics.refused(error.code)
             raise
         yield sse.DONE
@@ -89,14 +95,8 @@ class ChatApi:
         return chat.chat(request.id, wanted)
 
 
-class _Stream:
-    """Whether a stream has begun: before its first token nothing may commit it to a status."""
-
-    def __init__(self) -> None:
-        self.begun = False
-
-    def keep_alive(self) -> bytes:
-        return _KEEP_ALIVE if self.begun else b""
+def _keep_alive() -> bytes:
+    return _COMMENT
 
 
 def _last_words(error: CortexError) -> bytes:

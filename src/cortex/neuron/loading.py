@@ -117,8 +117,6 @@ class Loader:
     def _choose_devices(self, request: LoadRequest) -> tuple[str, ...]:
         """The devices that a request names by uuid, index or `cpu`; else those with most room."""
         ranks = request.tensor_parallel or 1
-        if ranks < 1:
-            raise BadRequest("tensor_parallel must be at least 1.", param="tensor_parallel")
         if request.devices is None:
             roomy = sorted(self._devices, key=self._ledger.free, reverse=True)
             if ranks > len(roomy):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import multiprocessing
 import os
 import signal
@@ -17,19 +16,18 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from typing import Any, Final
 
 from cortex.neuron import worker_process
-from cortex.neuron.worker_process import WorkerProcess
+from cortex.neuron.worker_process import FINE, WorkerProcess
 from cortex.wire.errors import LoadFailed
 
 _context: Final = multiprocessing.get_context("forkserver")
 _ATTEMPTS: Final = 3
 _RETRY_S: Final = 0.05
-_READY: Final = "ready"
 
 _spawning: Final = threading.Lock()
 """multiprocessing's own books are not made for two threads."""
@@ -41,40 +39,47 @@ Target = Callable[..., None]
 class WarmServer:
     """Forks workers that start with `preload` imported."""
 
-    def __init__(self, preload: Sequence[str], target: Target) -> None:
+    def __init__(
+        self,
+        preload: Sequence[str],
+        target: Target,
+        *,
+        probe: tuple[Any, ...] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`probe` are arguments with which the target ends at once and well when its socket is closed.
+
+        `environment` is set where the node's own environment says nothing, before the server starts.
+        """
         self._preload = list(preload)
         self._target = target
+        self._probe = probe
+        self._environment = dict(environment or {})
 
     async def start(self) -> None:
-        """Returns when a probe has shown that workers can be forked and have their imports.
+        """Returns when a probe has shown that workers can be forked and have what they need.
 
-        Raises LoadFailed that tells why they cannot.
+        Raises LoadFailed if they cannot.
         """
         _context.set_forkserver_preload([*self._preload, __name__])
-        worker = await self._spawn(_probe, (self._preload,))
+        for name, value in self._environment.items():
+            os.environ.setdefault(name, value)
+        worker = await self.spawn(*self._probe)
         try:
-            said = (await worker.read_all()).decode("utf-8", "replace")
+            worker.hang_up()
             end = await worker.ended()
         finally:
             await worker.close()
-        if said != _READY:
+        if end != FINE:
             raise LoadFailed(
-                f"No worker process can start: {said or f'the probe {end}'}. "
+                f"No worker process can run here: the first one {end}; it has told why on standard error. "
                 f"An incomplete installation is repaired with: pip install 'helexa-cortex[neuron]'."
             )
 
     async def spawn(self, *arguments: Any) -> WorkerProcess:
         """A process that runs the target with its end of a socket and `arguments`. Raises LoadFailed."""
-        return await self._spawn(self._target, arguments)
-
-    async def stop(self) -> None:
-        """End the warm server. Workers must have been closed before; while one lives, so does the server."""
-        if not worker_process.alive:
-            await asyncio.to_thread(_stop_forkserver)
-
-    async def _spawn(self, target: Target, arguments: tuple[Any, ...]) -> WorkerProcess:
         ours, theirs = socket.socketpair()
-        starting = asyncio.ensure_future(asyncio.to_thread(_start, target, theirs, arguments))
+        starting = asyncio.ensure_future(asyncio.to_thread(_start, self._target, theirs, arguments))
         try:
             process = await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -85,6 +90,11 @@ class WarmServer:
             ours.close()
             raise LoadFailed(f"No worker process can be started: {error!r}.") from error
         return WorkerProcess(process, *await _opened(process, ours))
+
+    async def stop(self) -> None:
+        """End the warm server. Workers must have been closed before; while one lives, so does the server."""
+        if not worker_process.alive:
+            await asyncio.to_thread(_stop_forkserver)
 
 
 def _start(target: Target, theirs: socket.socket, arguments: tuple[Any, ...]) -> ForkServerProcess:
@@ -159,14 +169,3 @@ def _stop_forkserver() -> None:
     """multiprocessing leaves its server running until this process ends, and has no public way to stop it."""
     with _spawning:
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
-
-
-def _probe(sock: socket.socket, preload: Sequence[str]) -> None:
-    """In a worker: tell over the socket that all is well, or what is missing."""
-    for name in preload:
-        try:
-            importlib.import_module(name)
-        except Exception as error:
-            sock.sendall(f"{name} cannot be imported: {error}".encode())
-            return
-    sock.sendall(_READY.encode())

@@ -6,6 +6,7 @@ the owner: `now` is in seconds of a monotonic clock, `wall` in seconds since the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final
 
@@ -137,7 +138,7 @@ class Resident:
         if wait > 0:
             cause = self.error.message if self.error else "It failed."
             raise LoadFailed(
-                f"{self.model_id} failed: {cause} The next request in {wait:.0f} s or later loads it again.",
+                f"{self.model_id} failed: {cause} A request in {math.ceil(wait)} s or later loads it again.",
                 retry_after=wait,
             )
 

@@ -236,13 +236,13 @@ class Residents:
             seconds = self._clock() - load.started
             resident.loaded(load.task.result(), now=self._clock(), wall=self._wall(), seconds=seconds)
             self._on_loaded(resident.model_id, seconds)
-            _log.info("%s is loaded after %.1f s", resident.model_id, seconds)
+            _log.info("loaded model=%s seconds=%.1f", resident.model_id, seconds)
             load.succeed(resident.report())
             return load.task.result()
         if not isinstance(error, CortexError):
-            _log.error("the engine failed to load %s", resident.model_id, exc_info=error)
+            _log.error("engine failed model=%s", resident.model_id, exc_info=error)
             error = LoadFailed(f"The engine {resident.request.harness} failed: {error!r}.")
-        _log.warning("%s is not loaded: %s", resident.model_id, error.message)
+        _log.warning("not loaded model=%s error=%s", resident.model_id, error.message)
         if error.status < 500 and not resident.configured:
             resident.as_before(failure)
         else:
@@ -264,7 +264,7 @@ class Residents:
             idle.cancel()
         else:
             reason = f"failed: {died.exception()!r}" if died.exception() else died.result()
-            _log.error("the engine of %s %s", resident.model_id, reason)
+            _log.error("engine ended model=%s how=%s", resident.model_id, reason)
             resident.failed(LoadFailed(f"Its engine {reason}."), now=self._clock())
         died.cancel()
         await asyncio.gather(died, asked, return_exceptions=True)
@@ -272,10 +272,10 @@ class Residents:
         try:
             await self._loader.close(served)
         except Exception:
-            _log.exception("the engine of %s did not close well", resident.model_id)
+            _log.exception("engine not closed well model=%s", resident.model_id)
         if resident.status == "draining":
             resident.move("unloaded")
-            _log.info("%s is unloaded", resident.model_id)
+            _log.info("unloaded model=%s", resident.model_id)
 
     def _forget_stranger(self, resident: Resident) -> None:
         """Keep no record of a name that was never a model here."""

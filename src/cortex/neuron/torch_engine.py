@@ -28,6 +28,10 @@ from cortex.wire.node import Limit, Progress
 
 WORKER: Final = "cortex.neuron.engine.worker"
 """The module that the warm server imports, torch with it."""
+ENVIRONMENT: Final = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads of a step that wait for each other sleep. Where they spin, which is the default, any other work
+on the same cores makes a step ten times as slow, and on idle cores it gains next to nothing.
+"""
 CPU: Final = "cpu"
 DTYPES: Final = ("packed16", "float32")
 MIB: Final = 2**20
@@ -54,7 +58,7 @@ class TorchFactory:
     def __init__(self, *, dtype: str | None = None, warm: WarmServer | None = None) -> None:
         """`dtype` is for loads that name none."""
         self._dtype = dtype
-        self._warm = warm or WarmServer([WORKER], entry.main)
+        self._warm = warm or WarmServer([WORKER], entry.main, probe=(CPU, 1), environment=ENVIRONMENT)
 
     @hookimpl
     def cortex_register_engines(self, register: Callable[[EngineFactory], None]) -> None:
@@ -64,8 +68,8 @@ class TorchFactory:
         """Reads the checkpoint's header.
 
         Without a budget: weights, a cache for two full contexts, and the process. With one, the cache
-        takes what weights and process leave. Raises BadRequest for options that do not exist here,
-        LoadFailed for a checkpoint that cannot be run or a budget that is too small.
+        takes what weights and process leave. Raises BadRequest for options that do not exist here and
+        for a budget that is too small, LoadFailed for a checkpoint that cannot be run.
         """
         if len(order.devices) != 1:
             raise BadRequest("The torch engine runs a model on one device.", param="tensor_parallel")
@@ -146,16 +150,17 @@ def check_quant(quant: str | None, checkpoint: Checkpoint) -> None:
 
 
 def _cache_within(room: int, shape: ModelShape, order: LoadOrder) -> int:
-    """Tokens of cache that fit into `room` bytes. Raises LoadFailed if that is no reasonable context."""
+    """Tokens of cache that fit into `room` bytes. Raises BadRequest if that is no reasonable context."""
     tokens = max(0, room) // shape.kv_bytes_per_token
     least = min(MIN_CONTEXT, shape.max_position)
     if tokens < least:
         given = order.memory_bytes or 0
         needed = given - room + least * shape.kv_bytes_per_token
-        raise LoadFailed(
+        raise BadRequest(
             f"{order.model_id} does not fit into {given // MIB:,} MB: weights and process take "
             f"{(given - room) // MIB:,} MB, and with a context of {least} tokens it takes "
             f"{-(-needed // MIB):,} MB. Give it more with memory_mb, or free the device.",
+            param="memory_mb",
             details={"memory_bytes": given, "needed_bytes": needed},
         )
     return tokens if tokens < _ROUND else tokens // _ROUND * _ROUND

@@ -22,6 +22,8 @@ from cortex.neuron.engine.messages import Order, Report, Unframer, decode_report
 _READ: Final = 2**16
 _UNKNOWN: Final = 255
 """What multiprocessing gives as the exit code when the warm server died before it could tell."""
+FINE: Final = "ended by itself"
+"""How a worker ended that was no longer needed."""
 
 alive: Final[weakref.WeakSet[WorkerProcess]] = weakref.WeakSet()
 """Workers that have not been closed."""
@@ -64,12 +66,9 @@ class WorkerProcess:
                 except msgspec.DecodeError as error:
                     raise ValueError(f"not a report: {error}") from None
 
-    async def read_all(self) -> bytes:
-        """Everything that comes before the socket closes, unframed."""
-        parts = []
-        while data := await self._read():
-            parts.append(data)
-        return b"".join(parts)
+    def hang_up(self) -> None:
+        """Nothing more will be sent: an idle worker ends by itself."""
+        self._writer.write_eof()
 
     async def ended(self) -> str:
         """Waits for the end of the process and tells it in words that follow "it"."""
@@ -151,7 +150,7 @@ def _in_words(code: int) -> str:
         return "was killed (SIGKILL; the kernel does that when memory runs out)"
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
+    return FINE if code == 0 else f"ended with exit code {code}"
 
 
 @atexit.register

@@ -204,5 +204,7 @@ class AsgiExchange:
             return
         self._outbox.put_nowait(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
-            # Servers say so too once a reply is complete, before this send has returned.
+            # Servers say so too once a reply is complete, and this send may return later.
             self._inbox.put_nowait({"type": "http.disconnect"})
+            for _ in range(3):
+                await asyncio.sleep(0)

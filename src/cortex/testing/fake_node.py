@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 
 import msgspec
 
+from cortex import __version__
 from cortex.web.asgi import EventStream, Request, Response, json_response
 from cortex.web.service import Route, Service
 from cortex.wire import sse
@@ -26,7 +27,7 @@ from cortex.wire.chat import (
     encode,
 )
 from cortex.wire.errors import CortexError, Internal, to_bytes
-from cortex.wire.node import Discovery, Health, Limit, LoadReply, ModelLoad, ModelReport
+from cortex.wire.node import Discovery, Health, Limit, LoadReply, ModelLoad, ModelReport, Version
 
 
 class FakeNode:
@@ -65,6 +66,7 @@ class FakeNode:
                 Route("GET", "/models", self._models),
                 Route("GET", "/health", self._health),
                 Route("GET", "/discovery", self._discovery),
+                Route("GET", "/version", self._version),
                 Route("POST", "/models/load", self._order),
                 Route("POST", "/models/unload", self._order),
                 Route("POST", "/v1/chat/completions", self._chat),
@@ -86,6 +88,9 @@ class FakeNode:
 
     async def _discovery(self, request: Request) -> Response:
         return await self._answer(request, Discovery(hostname="fake", os="Linux", harnesses=["fake"]))
+
+    async def _version(self, request: Request) -> Response:
+        return await self._answer(request, Version(package_version=__version__))
 
     async def _order(self, request: Request) -> Response:
         self.orders.append((request.path, await request.body()))

@@ -5,7 +5,7 @@ Knows nothing of routes, of sending, or of who asks; `service.py` puts these to 
 
 from __future__ import annotations
 
-import uuid
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote
@@ -60,7 +60,7 @@ class Request:
         self.query: dict[str, str] = _query(scope.get("query_string", b""))
         peer = scope.get("client")
         self.client: tuple[str, int] | None = (str(peer[0]), int(peer[1] or 0)) if peer else None
-        self.id = _sane_id(self.headers.get("x-request-id")) or uuid.uuid4().hex
+        self.id = _sane_id(self.headers.get("x-request-id")) or os.urandom(16).hex()
         self.started = started
         self.log: dict[str, object] = {}
         self._read = read

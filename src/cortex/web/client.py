@@ -6,13 +6,14 @@ origin. Does not know about pools: whoever owns the connection says where it goe
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from types import TracebackType
 from typing import Final
 
 import h11
 import msgspec
 
+from cortex.web.body import BodyReader, MalformedBody, body_reader
 from cortex.web.idle import CallLater, Clock, IdleTimer
 from cortex.web.stream import Stream
 from cortex.wire.errors import CortexError, NodeLost, UpstreamTimeout
@@ -45,9 +46,11 @@ class Connection:
         self.complete = False
         self.idle_since = 0.0
         self._stream = stream
-        self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
         self._idle = IdleTimer(0.0, self._expired, clock, call_later)
         self._is_alive: Callable[[], bool] | None = None
+        self._body: BodyReader | None = None
+        self._arrived = b""
+        self._keep = False
         self._unsent = 0
         self._broken: CortexError | None = None
 
@@ -60,16 +63,16 @@ class Connection:
         self.complete = False
         self._idle.limit = patience.limit
         self._is_alive = patience.is_alive
-        head = self._h11.send(request)
-        if body:
-            parts = self._h11.send_with_data_passthrough(h11.Data(data=body)) or []
-            end = self._h11.send(h11.EndOfMessage())
-            if len(body) <= MAX_HEAD:
-                self._stream.write(b"".join((head, *parts, end)))
-            else:
-                self._stream.write(head, *parts, end)
+        # Only heads go through h11, so one of its connections serves one request.
+        self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
+        head = self._h11.send(request) or b""
+        self._method = request.method.decode()
+        if body and any(name == b"transfer-encoding" for name, _ in request.headers):
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        if len(body) <= MAX_HEAD:
+            self._stream.write(head + body)
         else:
-            self._stream.write(head + self._h11.send(h11.EndOfMessage()))
+            self._stream.write(head, body)
 
     async def head(self) -> h11.Response:
         """Status and headers of the reply; informational replies before it are passed over."""
@@ -83,38 +86,41 @@ class Connection:
                     first = False
                 self._h11.receive_data(data)
             elif isinstance(event, h11.Response):
+                self._arrived = self._h11.trailing_data[0]
                 return event
+
+    def expect(self, status: int, headers: Mapping[str, str], *, http_version: bytes) -> None:
+        """How the body will come, after the head that announced it."""
+        self._body = body_reader(self._method, status, headers)
+        self.complete = self._body.complete
+        closing = "close" in headers.get("connection", "").lower()
+        self._keep = http_version == b"1.1" and self._body.delimited and not closing
 
     async def body(self) -> bytes:
         """Body data that came with one socket read; b"" once the body is `complete`."""
-        parts: list[bytes] = []
-        while not self.complete:
+        reader = self._body
+        assert reader is not None
+        payload = b""
+        while not self.complete and not payload:
             if self._broken is not None:
                 raise self._broken
-            event = self._next_event()
-            if isinstance(event, h11.Data):
-                parts.append(event.data)
-            elif event is h11.NEED_DATA:
-                if parts:
-                    break
-                self._h11.receive_data(await self._read())
-            else:
-                self.complete = True
-        return b"".join(parts)
+            data, self._arrived = self._arrived or await self._read(), b""
+            try:
+                if data:
+                    payload = reader.feed(data)
+                else:
+                    reader.end()
+            except MalformedBody as error:
+                raise NodeLost(f"{self.origin} broke off its answer, or sent no HTTP: {error}.") from None
+            self.complete = reader.complete
+            self._keep = self._keep and not reader.surplus
+        return payload
 
     def recycle(self) -> bool:
         """Make ready for the next request; False if the connection cannot be used again."""
         self._idle.close()
-        if not self.complete or self._broken or self._stream.unsent():
-            return False
-        if self._h11.trailing_data[0]:
-            return False
-        try:
-            self._h11.start_next_cycle()
-        except h11.LocalProtocolError:
-            # Either side had announced that it will close.
-            return False
-        return True
+        trusted = self.complete and self._keep and not (self._arrived or self._broken)
+        return trusted and not self._stream.unsent()
 
     def abort(self, error: CortexError) -> None:
         """Break the connection: whoever reads from it, now or later, gets `error`."""
@@ -177,6 +183,7 @@ class Reply:
         self.headers: dict[str, str] = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(list(head.headers))
         }
+        connection.expect(head.status_code, self.headers, http_version=head.http_version)
         self._connection: Connection | None = connection
         self._release = release
 

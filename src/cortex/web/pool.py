@@ -130,10 +130,10 @@ class Pool:
         if self._sweeper is not None:
             self._sweeper.cancel()
         for host in list(self._hosts.values()):
-            self.abort(host.origin, "The client was closed.")
+            self.abort(host.origin, _was_closed().message)
             for waiter in host.waiters:
                 if not waiter.done():
-                    waiter.set_exception(ConnectFailed("The client was closed."))
+                    waiter.set_exception(_was_closed())
 
     async def _send(self, host: _Host, request: h11.Request, body: bytes, patience: Patience) -> Connection:
         await self._take_slot(host)
@@ -164,9 +164,13 @@ class Pool:
     def _fresh(self, connection: Connection) -> bool:
         return self._clock() - connection.idle_since < self._keepalive_expiry and connection.quiet()
 
+    def _is_closed(self) -> bool:
+        """It may become true at any await, which a type checker does not see in the attribute."""
+        return self._closed
+
     async def _open(self, host: _Host) -> Connection:
-        if self._closed:
-            raise ConnectFailed("The client was closed.")
+        if self._is_closed():
+            raise _was_closed()
         if host.tls and self._tls is None:
             self._tls = ssl.create_default_context()
         try:
@@ -178,11 +182,14 @@ class Pool:
             ) from None
         except (OSError, UnicodeError) as error:
             raise ConnectFailed(f"Cannot connect to {host.origin}: {_cause(error)}.") from None
+        if self._is_closed():
+            stream.close()
+            raise _was_closed()
         return Connection(stream, host.origin, clock=self._clock, call_later=self._call_later)
 
     def _release(self, host: _Host, connection: Connection) -> None:
         host.busy.discard(connection)
-        if not self._closed and connection.recycle():
+        if connection.recycle():
             connection.idle_since = self._clock()
             host.idle.append(connection)
             if self._sweeper is None:
@@ -264,6 +271,10 @@ def _head(method: str, url: SplitResult, headers: Sequence[tuple[str, str]], siz
         return h11.Request(method=method, target=target, headers=fields)
     except (h11.LocalProtocolError, UnicodeError) as error:
         raise Internal(f"{method} {url.geturl()!r} cannot be sent: {error}.") from None
+
+
+def _was_closed() -> ConnectFailed:
+    return ConnectFailed("This client has been closed.")
 
 
 def _cause(error: OSError | UnicodeError) -> str:

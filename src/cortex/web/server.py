@@ -1,4 +1,4 @@
-"""Serves ASGI apps on TCP with hypercorn, until it is told to stop.
+"""Serves ASGI apps on TCP until it is told to stop.
 
 Sockets are bound and listening before anything else happens, so that a port in use is an error of the
 start and port 0 works. The caller chooses the event loop. Does not know what the apps are.
@@ -7,25 +7,15 @@ start and port 0 works. The caller chooses the event loop. Does not know what th
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from collections.abc import Callable, Sequence
-from typing import Final, cast
-
-import hypercorn.asyncio
-from hypercorn.config import Config
-from hypercorn.typing import ASGIFramework
+from typing import Final
 
 from cortex.web.asgi import ASGIApp
-
-KEEP_ALIVE_S: Final = 75.0
-"""How long an idle client connection is kept: longer than clients' pools keep theirs."""
+from cortex.web.listener import BACKLOG, listen
 
 STALLED_MS: Final = 60_000
 """A peer that acknowledges nothing for so long loses its connection, whatever still waits to be sent."""
-
-_BACKLOG: Final = 1024
-_MAX_HEAD: Final = 64 * 1024
 
 
 class BindError(Exception):
@@ -47,7 +37,7 @@ async def serve(
     addresses = [_shown(sock) for sock in sockets]
     async with asyncio.TaskGroup() as servers:
         for sock, (_, app) in zip(sockets, listeners, strict=True):
-            servers.create_task(_serve(sock, app, stop, drain_s))
+            servers.create_task(listen(sock, app, stop, drain_s))
         if on_ready is not None:
             on_ready(addresses)
 
@@ -84,33 +74,11 @@ def _bind(bind: str) -> socket.socket:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
         sock.bind(address)
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise BindError(f"cannot listen on {bind}: {_cause(error)}") from None
     return sock
-
-
-async def _serve(sock: socket.socket, app: ASGIApp, stop: asyncio.Event, drain_s: float) -> None:
-    config = Config()
-    # hypercorn takes the descriptor over, and closes it.
-    config.bind = [f"fd://{sock.detach()}"]
-    config.backlog = _BACKLOG
-    config.accesslog = None
-    config.errorlog = _log_of_hypercorn()
-    config.include_server_header = False
-    config.keep_alive_timeout = KEEP_ALIVE_S
-    config.keep_alive_max_requests = 1_000_000
-    config.graceful_timeout = drain_s
-    config.h11_max_incomplete_size = _MAX_HEAD
-    await hypercorn.asyncio.serve(cast(ASGIFramework, app), config, shutdown_trigger=stop.wait, mode="asgi")
-
-
-def _log_of_hypercorn() -> logging.Logger:
-    """Its warnings and errors go where ours go; that it runs, others say."""
-    logger = logging.getLogger("cortex.web.hypercorn")
-    logger.setLevel(logging.WARNING)
-    return logger
 
 
 def _shown(sock: socket.socket) -> str:

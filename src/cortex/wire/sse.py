@@ -106,8 +106,9 @@ class Decoder:
         self._size += len(rest)
         self._check(self._size)
         self._parts.append(rest)
-        # A blank line across the next seam has at most three bytes on this side.
-        self._tail = (self._tail + rest)[-3:]
+        # Two bytes tell whether a blank line may lie across the next seam: it holds two line ends even
+        # if it has begun before them.
+        self._tail = (self._tail + rest)[-2:]
 
     def _check(self, size: int) -> None:
         if size > self._max_event:

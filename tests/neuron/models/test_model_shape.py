@@ -60,7 +60,7 @@ def test_both_formats_give_the_same_shape() -> None:
     assert (shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim) == (2, 64, 8, 2, 8)
     assert (shape.intermediate, shape.vocab, shape.max_position) == (128, 1000, 512)
     assert (shape.rope, shape.norm_eps, shape.tied) == (Rope(50000.0), 1e-5, False)
-    assert not (shape.qkv_bias or shape.output_bias or shape.mlp_bias)
+    assert (shape.qkv_bias, shape.output_bias, shape.mlp_bias) == (False, False, False)
 
 
 def test_costs_follow_from_the_shape() -> None:
@@ -127,8 +127,14 @@ def test_rope_is_read_in_the_old_and_the_new_style(changes: dict[str, Any]) -> N
         (huggingface(num_key_value_heads=3), "8 heads cannot share 3 KV heads"),
         (huggingface(head_dim=7), "head width of 7 is odd"),
         (huggingface(tensor("x.weight", 2, 2, dtype="F8_E4M3")), "tensor x.weight is stored as F8_E4M3"),
-        (Checkpoint("safetensors", Path("/m/dir"), "llama", {}, config=CONFIG), "lacks tensor lm_head.weight"),
-        (Checkpoint("gguf", Path("/m/file"), "llama", {}, metadata=METADATA), "lacks tensor token_embd.weight"),
+        (
+            Checkpoint("safetensors", Path("/m/dir"), "llama", {}, config=CONFIG),
+            "lacks tensor lm_head.weight",
+        ),
+        (
+            Checkpoint("gguf", Path("/m/file"), "llama", {}, metadata=METADATA),
+            "lacks tensor token_embd.weight",
+        ),
         (gguf(block_count=...), "the metadata lacks llama.block_count"),
         (gguf(expert_count=8), "a mixture of experts"),
         (gguf(rope__scaling__type="yarn"), "the rope scaling 'yarn'"),

@@ -53,7 +53,7 @@ def run(sock: socket.socket) -> None:
         except LoadFailed as error:
             channel.send(LoadRefused(code=error.code, message=error.message))
         else:
-            _Loop(channel, runner, scheduler).run()
+            Loop(channel, runner, scheduler).run()
     except PeerGone as gone:
         _log.debug("worker ends: %s", gone)
 
@@ -131,7 +131,9 @@ def _reporter(channel: Channel) -> Callable[[int, int], None]:
     return report
 
 
-class _Loop:
+class Loop:
+    """Serves sequences with a loaded model until the node leaves or the device is lost."""
+
     def __init__(self, channel: Channel, runner: Runner, scheduler: Scheduler) -> None:
         self._channel = channel
         self._runner = runner

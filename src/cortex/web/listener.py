@@ -1,0 +1,109 @@
+"""Serves one ASGI app on one listening socket with hypercorn's HTTP, and drains it in the end.
+
+hypercorn's own `serve` keeps the socket of a client that has closed a kept connection until the
+keep-alive time has run out, and lets a connection's timeout reach the event loop as a crash; so
+accepting and ending connections are done here, around hypercorn's class for one connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any, Final, cast
+
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.asyncio.worker_context import WorkerContext
+from hypercorn.config import Config
+from hypercorn.events import Event, RawData, Updated
+from hypercorn.typing import ASGIFramework
+
+from cortex.web.asgi import ASGIApp
+
+KEEP_ALIVE_S: Final = 75.0
+"""How long an idle client connection is kept: longer than clients' pools keep theirs."""
+
+BACKLOG: Final = 1024
+_MAX_HEAD: Final = 64 * 1024
+_FINAL_HEAD: Final = (b"HTTP/1.1 2", b"HTTP/1.1 3", b"HTTP/1.1 4", b"HTTP/1.1 5")
+
+_log: Final = logging.getLogger("cortex.web")
+
+
+async def listen(sock: socket.socket, app: ASGIApp, stop: asyncio.Event, drain_s: float) -> None:
+    """Accept connections until `stop`; then close the idle ones, and give the others `drain_s` seconds."""
+    config, context = _config(), WorkerContext(None)
+    wrapped = ASGIWrapper(cast(ASGIFramework, app))
+    connections: set[asyncio.Task[Any]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        connections.add(task)
+        task.add_done_callback(connections.discard)
+        loop = asyncio.get_running_loop()
+        try:
+            await ServedConnection(wrapped, loop, config, context, {}, reader, writer)
+        except (OSError, BaseExceptionGroup) as error:
+            if not _only_lost(error):
+                raise
+            _log.debug("a client's connection broke: %r", error)
+
+    server = await asyncio.start_server(serve, sock=sock, backlog=BACKLOG)
+    try:
+        await stop.wait()
+    finally:
+        server.close()
+        await context.terminated.set()
+        if connections:
+            _, late = await asyncio.wait(connections, timeout=drain_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+
+class ServedConnection(TCPServer):
+    """hypercorn's connection, ended when the client has ended it, and with fewer writes."""
+
+    _held = b""
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, RawData):
+            if event.data.startswith(_FINAL_HEAD) and not self._held:
+                # The first bytes of the body follow at once; together they are one write.
+                self._held = event.data
+                return
+            event, self._held = RawData(self._held + event.data), b""
+            await super().protocol_send(event)
+        elif not (isinstance(event, Updated) and event.idle and self.reader.at_eof()):
+            await super().protocol_send(event)
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        # The client sends no more: there is no next request to wait for.
+        await self.idle_task.stop()
+
+
+def _config() -> Config:
+    config = Config()
+    config.accesslog = None
+    config.errorlog = _log_of_hypercorn()
+    config.include_server_header = False
+    config.keep_alive_timeout = KEEP_ALIVE_S
+    config.keep_alive_max_requests = 1_000_000
+    config.h11_max_incomplete_size = _MAX_HEAD
+    return config
+
+
+def _log_of_hypercorn() -> logging.Logger:
+    """Its warnings and errors go where ours go; that it runs, others say."""
+    logger = logging.getLogger("cortex.web.hypercorn")
+    logger.setLevel(logging.WARNING)
+    return logger
+
+
+def _only_lost(error: BaseException) -> bool:
+    """True if nothing but the connection failed."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_only_lost, error.exceptions))
+    return isinstance(error, OSError)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from cortex.neuron.loading import Loader
+from cortex.neuron.memory import Ledger
+from cortex.testing.scripted import ScriptedFactory
+from cortex.wire.errors import BadRequest, CortexError, LoadFailed
+from cortex.wire.node import LoadRequest, Progress
+
+MIB = 2**20
+
+
+def ignore(progress: Progress) -> None:
+    pass
+
+
+class Bench:
+    """A loader over scripted engines."""
+
+    def __init__(
+        self, budgets: Mapping[str, int], *, available: Mapping[str, int] | None = None, threads: int = 8
+    ) -> None:
+        self.factory = ScriptedFactory()
+        self.ledger = Ledger({device: size * MIB for device, size in budgets.items()})
+        self.loader = Loader(
+            factories={"scripted": self.factory},
+            locate=self.locate,
+            ledger=self.ledger,
+            available=lambda: {device: size * MIB for device, size in (available or {}).items()},
+            devices=[device for device in budgets if device != "cpu" or len(budgets) == 1],
+            threads=threads,
+        )
+
+    async def locate(self, reference: str, report: object) -> Path:
+        return Path("/models") / reference
+
+    async def devices_of(self, **request: object) -> tuple[str, ...]:
+        served = await self.loader.load(LoadRequest(model_id="m", **request), ignore)  # type: ignore[arg-type]
+        return served.plan.order.devices
+
+
+GPUS = {"GPU-a": 100, "GPU-b": 200, "cpu": 100}
+
+
+@pytest.mark.parametrize(
+    ("request_", "devices"),
+    [
+        ({}, ("GPU-b",)),
+        ({"devices": ["0"]}, ("GPU-a",)),
+        ({"devices": ["GPU-a"]}, ("GPU-a",)),
+        ({"devices": ["cpu"]}, ("cpu",)),
+        ({"tensor_parallel": 2}, ("GPU-b", "GPU-a")),
+        ({"tensor_parallel": 2, "devices": ["0", "1"]}, ("GPU-a", "GPU-b")),
+    ],
+)
+async def test_a_load_gets_the_devices_that_it_names_or_the_roomiest(
+    request_: dict[str, object], devices: tuple[str, ...]
+) -> None:
+    assert await Bench(GPUS).devices_of(**request_) == devices
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"devices": ["GPU-z"]}, "no device 'GPU-z'; it has GPU-a, GPU-b, cpu, 0, 1"),
+        ({"devices": ["7"]}, "no device '7'"),
+        ({"devices": ["0", "0"], "tensor_parallel": 2}, "different devices"),
+        ({"devices": ["0", "1"]}, "different devices"),
+        ({"devices": []}, "different devices"),
+        ({"tensor_parallel": 3}, "2 devices; tensor_parallel = 3"),
+        ({"harness": "candle"}, "no engine 'candle'"),
+    ],
+)
+async def test_what_the_node_does_not_have_is_refused(request_: dict[str, object], words: str) -> None:
+    bench = Bench(GPUS)
+    with pytest.raises(BadRequest, match=words):
+        await bench.devices_of(**request_)
+    assert not bench.ledger.grants
+
+
+async def test_a_model_too_large_for_two_contexts_gets_all_that_the_device_has() -> None:
+    bench = Bench({"cpu": 50})
+    served = await bench.loader.load(LoadRequest(model_id="m"), ignore)
+    assert served.plan.order.memory_bytes == 50 * MIB
+    assert bench.ledger.free("cpu") == 0
+
+
+async def test_a_budget_that_was_asked_for_is_not_made_smaller() -> None:
+    with pytest.raises(CortexError, match="asks for 60 MB"):
+        await Bench({"cpu": 50}).loader.load(LoadRequest(model_id="m", memory_mb=60), ignore)
+
+
+async def test_memory_that_others_hold_is_not_granted() -> None:
+    with pytest.raises(CortexError, match="Only 10 MB of the device are free"):
+        await Bench({"cpu": 100}, available={"cpu": 10}).loader.load(LoadRequest(model_id="m"), ignore)
+
+
+async def test_threads_are_divided_among_the_models() -> None:
+    bench = Bench({"cpu": 1000}, threads=4)
+    threads = []
+    for name in ("a", "b", "c", "d", "e"):
+        served = await bench.loader.load(LoadRequest(model_id=name), ignore)
+        threads.append(served.plan.order.threads)
+    assert threads == [4, 2, 1, 1, 1]
+
+
+async def test_a_failed_load_gives_its_grant_back() -> None:
+    bench = Bench({"cpu": 100})
+    bench.factory.refusal = LoadFailed("no luck")
+    with pytest.raises(LoadFailed):
+        await bench.loader.load(LoadRequest(model_id="m"), ignore)
+    assert not bench.ledger.grants
+
+
+async def test_closing_gives_the_grant_back() -> None:
+    bench = Bench({"cpu": 100})
+    served = await bench.loader.load(LoadRequest(model_id="m"), ignore)
+    assert bench.ledger.granted("cpu") == 64 * MIB
+    await bench.loader.close(served)
+    assert not bench.ledger.grants
+    assert not bench.factory.live
+
+
+async def test_a_node_without_engines_says_so() -> None:
+    loader = Loader(
+        factories={},
+        locate=Bench({"cpu": 1}).locate,
+        ledger=Ledger({"cpu": 1}),
+        available=dict,
+        devices=["cpu"],
+        threads=1,
+    )
+    with pytest.raises(BadRequest, match="no engine installed"):
+        await loader.load(LoadRequest(model_id="m"), ignore)

@@ -1,0 +1,270 @@
+"""The node with a real torch model in real worker processes: what a user would lose if these broke."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+from cortex.config import HarnessSection, NeuronConfig, TorchSection
+from cortex.neuron.app import Neuron, build_neuron
+from cortex.neuron.torch_engine import TorchFactory
+from cortex.testing import AsgiClient, AsgiReply
+from cortex.testing.asgi_client import AsgiExchange
+
+pytestmark = pytest.mark.slow
+
+BUDGET_MB = 2000
+MEMORY_MB = 600
+
+
+class LastingFactory(TorchFactory):
+    """Its warm server outlives the node, so that the next test need not import torch again."""
+
+    async def stop(self) -> None:
+        pass
+
+
+class RealNode:
+    """A node in this process, its workers in theirs."""
+
+    def __init__(self, models_dir: Path) -> None:
+        config = NeuronConfig(
+            models_dir=str(models_dir),
+            memory_limit_mb=BUDGET_MB,
+            harness=HarnessSection(torch=TorchSection(threads=1)),
+        )
+        self.neuron: Neuron = build_neuron(config, factories={"torch": LastingFactory()})
+        self.client = AsgiClient(self.neuron.app)
+
+    async def load(self, model_id: str = "tiny", **more: Any) -> AsgiReply:
+        order = {"model_id": model_id, "source": "tiny", "memory_mb": MEMORY_MB, **more}
+        return await self.client.post("/models/load", json=order)
+
+    async def unload(self, model_id: str = "tiny") -> None:
+        reply = await self.client.post("/models/unload", json={"model_id": model_id})
+        assert reply.status == 200, reply.body
+
+    def ask(self, text: str = "Hi", *, model: str = "tiny", **more: Any) -> AsgiExchange:
+        body = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, **more}
+        return self.client.open("POST", "/v1/chat/completions", json=body)
+
+    async def chat(self, text: str = "Hi", **more: Any) -> Any:
+        async with self.ask(text, **{"max_tokens": 5, **more}) as exchange:
+            reply = await exchange.reply()
+            assert reply.status == 200, reply.body
+            return reply.json()
+
+    async def status(self, model_id: str = "tiny") -> str:
+        reports = (await self.client.get("/models")).json()
+        return str({report["id"]: report["status"] for report in reports}.get(model_id))
+
+    async def until_status(self, status: str) -> None:
+        async with asyncio.timeout(10):
+            while await self.status() != status:
+                await asyncio.sleep(0.01)
+
+
+def warm_server() -> psutil.Process:
+    found = [child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline())]
+    return found[0]
+
+
+def workers() -> list[psutil.Process]:
+    return [child for child in warm_server().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> Iterator[None]:
+    asyncio.run(TorchFactory().stop())  # one that another module left has something else preloaded
+    yield
+    asyncio.run(TorchFactory().stop())
+
+
+@pytest.fixture
+async def node(models_dir: Path) -> AsyncIterator[RealNode]:
+    node = RealNode(models_dir)
+    await node.neuron.start()
+    assert (await node.load()).status == 200
+    yield node
+    assert (await node.client.get("/health")).json()["requests"] == []
+    await node.neuron.stop()
+    assert workers() == []
+    assert (await node.client.get("/health")).json()["ledger"] == []
+
+
+async def test_a_loaded_model_answers_and_unloading_ends_its_process(node: RealNode) -> None:
+    (worker,) = workers()
+    reply = await node.chat()
+    assert reply["usage"]["completion_tokens"] == 5
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert reply["timings"]["prefill_ms"] > 0
+    assert await node.chat() | {"id": 0, "created": 0, "timings": 0} == reply | {
+        "id": 0,
+        "created": 0,
+        "timings": 0,
+    }
+    await node.unload()
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    assert await node.status() == "unloaded"
+
+
+async def test_streamed_and_whole_replies_say_the_same(node: RealNode) -> None:
+    whole = await node.chat(max_tokens=40)
+    async with node.ask(stream=True, max_tokens=40) as exchange:
+        body = (await exchange.reply()).body
+    parts = [msgspec.json.decode(line[6:]) for line in body.splitlines() if line.startswith(b"data: {")]
+    text = "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
+    assert text == whole["choices"][0]["message"]["content"] != ""
+
+
+async def test_a_killed_worker_fails_its_request_and_the_next_one_brings_it_back(node: RealNode) -> None:
+    (worker,) = workers()
+    async with node.ask(stream=True, max_tokens=8000) as exchange:
+        await exchange.chunk()
+        worker.kill()
+        body = (await exchange.reply()).body
+    assert b"engine_ended" in body
+    assert b"SIGKILL" in body
+    assert body.endswith(b"data: [DONE]\n\n")
+    await node.until_status("failed")
+    await node.chat()
+    assert [other.pid for other in workers()] != [worker.pid]
+
+
+async def test_a_worker_killed_before_the_first_token_is_a_503(node: RealNode) -> None:
+    (worker,) = workers()
+    async with node.ask("x" * 7000, stream=True) as exchange:
+        worker.suspend()
+        worker.kill()
+        reply = await exchange.reply()
+    assert (reply.status, reply.json()["error"]["code"]) == (503, "engine_ended")
+    assert "retry-after" in reply.headers
+
+
+async def test_the_node_outlives_its_warm_server(node: RealNode) -> None:
+    (worker,), server = workers(), warm_server()
+    server.kill()
+    await node.until_status("failed")
+    await node.chat()
+    assert warm_server().pid != server.pid
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+
+
+async def test_two_models_over_the_budget_are_refused_and_disturb_nothing(node: RealNode) -> None:
+    async with node.ask(stream=True, max_tokens=500) as exchange:
+        await exchange.chunk()
+        reply = await node.load("second", memory_mb=BUDGET_MB - MEMORY_MB + 1)
+        assert reply.status == 409
+        (row,) = reply.json()["error"]["ledger"]
+        assert row["granted"] == [{"model_id": "tiny", "bytes": MEMORY_MB * 2**20}]
+        assert len(workers()) == 1
+        assert (await exchange.reply()).body.endswith(b"[DONE]\n\n")
+    assert (await node.load("second")).status == 200
+    assert len(workers()) == 2
+    assert (await node.chat(model="second"))["model"] == "second"
+
+
+async def test_a_broken_checkpoint_is_refused_and_disturbs_nothing(node: RealNode, models_dir: Path) -> None:
+    broken = models_dir / "broken"
+    shutil.copytree(models_dir / "tiny", broken)
+    try:
+        with (broken / "model.safetensors").open("r+b") as weights:
+            weights.truncate(5000)
+        reply = await node.load("broken", source="broken")
+        assert (reply.status, reply.json()["error"]["code"]) == (503, "load_failed")
+        assert "model.safetensors" in reply.json()["error"]["message"]
+        (broken / "tokenizer.json").unlink()
+        (broken / "model.safetensors").write_bytes((models_dir / "tiny" / "model.safetensors").read_bytes())
+        reply = await node.load("broken", source="broken")
+        assert "tokenizer.json" in reply.json()["error"]["message"]
+    finally:
+        shutil.rmtree(broken)
+    await node.chat()
+    assert len(workers()) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+async def test_a_client_that_leaves_frees_the_engine_at_once(
+    node: RealNode, stream: bool, phase: str
+) -> None:
+    """The next request hardly waits, though what was abandoned had seconds of work left."""
+    text = "x" * 7500 if phase == "prefill" else "Hi"
+    async with node.ask(text, stream=stream, max_tokens=600 if phase == "prefill" else 8000) as exchange:
+        if phase == "decode" and stream:
+            await exchange.chunk()
+        else:
+            (worker,) = workers()
+            before = sum(worker.cpu_times()[:2])
+            while sum(worker.cpu_times()[:2]) < before + (0.01 if phase == "prefill" else 0.1):
+                await asyncio.sleep(0.001)
+        exchange.disconnect()
+    assert (await node.client.get("/health")).json()["requests"] == []
+    assert (await node.chat())["timings"]["queue_ms"] < 500
+
+
+async def test_twenty_loads_leave_no_memory_behind(node: RealNode) -> None:
+    def resident() -> int:
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        return sum(process.memory_full_info().uss for process in processes)
+
+    async def cycle() -> int:
+        assert (await node.load()).status == 200
+        await node.chat()
+        await node.unload()
+        return await asyncio.to_thread(resident)
+
+    for _ in range(2):
+        first = await cycle()
+    for _ in range(20):
+        last = await cycle()
+    assert last <= first * 1.05, f"{first / 2**20:.1f} MB became {last / 2**20:.1f} MB"
+
+
+PROGRAM = """
+import asyncio, sys
+from cortex.config import NeuronConfig
+from cortex.neuron.app import build_neuron
+from cortex.testing import AsgiClient
+
+async def main():
+    neuron = build_neuron(NeuronConfig(models_dir={models_dir!r}))
+    await neuron.start()
+    client = AsgiClient(neuron.app)
+    assert (await client.post("/models/load", json={{"model_id": "tiny"}})).status == 200
+    messages = [{{"role": "user", "content": "Hi"}}]
+    body = {{"model": "tiny", "max_tokens": 8000, "stream": True, "messages": messages}}
+    async with client.open("POST", "/v1/chat/completions", json=body) as exchange:
+        await exchange.chunk()
+        print("busy", flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_node_that_is_killed_at_work_leaves_no_process(models_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "node.py").write_text(PROGRAM.format(models_dir=str(models_dir)))
+    program = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(tmp_path / "node.py")),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert program.stdout is not None
+    assert await program.stdout.readline() == b"busy\n"
+    started = psutil.Process(program.pid).children(recursive=True)
+    assert len(started) == 3, "resource tracker, warm server, worker"
+    program.send_signal(signal.SIGKILL)
+    await program.wait()
+    _, remaining = await asyncio.to_thread(psutil.wait_procs, started, 10)
+    assert not remaining

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from cortex.hookspecs import LoadOrder
+from cortex.neuron.models.shape import read_shape
+from cortex.neuron.torch_engine import PROCESS_BYTES, TorchFactory, open_codec
+from cortex.neuron.weights.checkpoint import open_checkpoint
+from cortex.wire.errors import BadRequest, LoadFailed
+
+MIB = 2**20
+
+
+def order(path: Path, **more: Any) -> LoadOrder:
+    return LoadOrder(model_id="m", path=str(path), **more)
+
+
+@pytest.fixture
+def tiny(models_dir: Path) -> Path:
+    return models_dir / "tiny"
+
+
+@pytest.fixture
+def quantised(tmp_path: Path) -> Path:
+    """A GGUF file whose one big tensor is Q4_0."""
+    path = tmp_path / "some-model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(512)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    blocks = gguf.quants.quantize(np.zeros((64, 32), dtype=np.float32), gguf.GGMLQuantizationType.Q4_0)
+    writer.add_tensor("token_embd.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_plan_is_weights_two_contexts_and_the_process(tiny: Path) -> None:
+    with open_checkpoint(tiny) as checkpoint:
+        shape = read_shape(checkpoint)
+    for dtype in ("packed16", "float32"):
+        plan = TorchFactory().plan(order(tiny, dtype=dtype))
+        cache = 2 * shape.max_position * shape.kv_bytes_per_token
+        assert plan.bytes_per_device == {"cpu": shape.weight_bytes(dtype) + cache + PROCESS_BYTES}
+        assert plan.limit.context == plan.limit.input == plan.limit.output == shape.max_position
+        assert (plan.detail.dtype, plan.detail.cache_tokens) == (dtype, 2 * shape.max_position)
+
+
+def test_a_budget_is_taken_as_it_is_and_the_cache_gets_what_is_left(tiny: Path) -> None:
+    with open_checkpoint(tiny) as checkpoint:
+        shape = read_shape(checkpoint)
+    fixed = shape.weight_bytes("packed16") + PROCESS_BYTES
+    budget = fixed + 3000 * shape.kv_bytes_per_token
+    plan = TorchFactory().plan(order(tiny, memory_bytes=budget))
+    assert plan.bytes_per_device == {"cpu": budget}
+    assert plan.limit.context == plan.detail.cache_tokens == 2944, "whole multiples of 64 below 3000"
+    wide = TorchFactory().plan(order(tiny, memory_bytes=fixed + 30000 * shape.kv_bytes_per_token))
+    assert (wide.limit.context, wide.detail.cache_tokens) == (8192, 29952)
+
+
+def test_a_budget_without_a_reasonable_context_is_refused_with_numbers(tiny: Path) -> None:
+    with open_checkpoint(tiny) as checkpoint:
+        shape = read_shape(checkpoint)
+    with pytest.raises(BadRequest, match="does not fit into 384 MB") as refusal:
+        TorchFactory().plan(order(tiny, memory_bytes=384 * MIB))
+    needed = refusal.value.details["needed_bytes"]
+    assert needed == shape.weight_bytes("packed16") + PROCESS_BYTES + 2048 * shape.kv_bytes_per_token
+    assert TorchFactory().plan(order(tiny, memory_bytes=needed)).limit.context == 2048
+
+
+def test_the_dtype_is_the_orders_else_the_configured_else_packed16(tiny: Path) -> None:
+    assert TorchFactory().plan(order(tiny)).detail.dtype == "packed16"
+    assert TorchFactory(dtype="float32").plan(order(tiny)).detail.dtype == "float32"
+    assert TorchFactory(dtype="float32").plan(order(tiny, dtype="packed16")).detail.dtype == "packed16"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"dtype": "bf17"}, "no dtype 'bf17'; it is packed16 or float32"),
+        ({"quant": "q4_k_m"}, "not of the quantisation 'q4_k_m'"),
+        ({"devices": ("cpu", "GPU-a"), "tensor_parallel": 2}, "on one device"),
+    ],
+)
+def test_options_that_do_not_exist_are_refused(tiny: Path, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadRequest, match=words):
+        TorchFactory().plan(order(tiny, **more))
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "Q4_0", "q4-0", None])
+def test_a_quant_must_be_that_of_the_file(quantised: Path, quant: str | None) -> None:
+    TorchFactory().plan(order(quantised, quant=quant))
+    with pytest.raises(BadRequest, match="it holds q4_0"):
+        TorchFactory().plan(order(quantised, quant="q8_0"))
+
+
+def test_a_quant_may_be_told_by_the_files_name(quantised: Path) -> None:
+    named = quantised.rename(quantised.with_name("model-Q3_K_M.gguf"))
+    TorchFactory().plan(order(named, quant="q3_k_m"))
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"nonsense")
+    with pytest.raises(LoadFailed, match=r"m\.gguf"):
+        TorchFactory().plan(order(tmp_path / "m.gguf"))
+    with pytest.raises(LoadFailed):
+        open_codec(tmp_path / "m.gguf")
+
+
+def test_a_checkpoint_brings_its_text_side(tiny: Path) -> None:
+    codec = open_codec(tiny)
+    text = codec.render([{"role": "user", "content": "Hé"}])
+    ids = codec.encode(text)
+    detokenizer = codec.detokenizer()
+    assert "Hé" in detokenizer.feed(ids) + detokenizer.flush()
+    assert codec.stop_ids == (codec.encode("<|im_end|>")[0],)

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from cortex.hookspecs import EngineTimings, Sampling, TokenBatch
+from cortex.neuron.engine.messages import Cancel, Generate, Order, Output, Report, Step
+from cortex.neuron.worker_engine import WorkerEngine
+from cortex.testing.clock import settle
+from cortex.wire.errors import Internal, Loading
+
+SAMPLING = Sampling(max_tokens=10)
+
+
+class FakeWorker:
+    """A worker process that says what the test puts into its mouth."""
+
+    def __init__(self) -> None:
+        self.orders: list[Order] = []
+        self.mouth: asyncio.Queue[Report | Exception | None] = asyncio.Queue()
+        self.exit = asyncio.Event()
+        self.end = "ended with exit code 0"
+        self.broken = False
+
+    async def reports(self) -> AsyncIterator[Report]:
+        while (said := await self.mouth.get()) is not None:
+            if isinstance(said, Exception):
+                raise said
+            yield said
+
+    def say(self, *outputs: Output) -> None:
+        self.mouth.put_nowait(Step(outputs=list(outputs)))
+
+    def die(self, end: str) -> None:
+        self.end = end
+        self.mouth.put_nowait(None)
+        self.exit.set()
+
+    async def send(self, order: Order) -> None:
+        if self.broken:
+            raise BrokenPipeError
+        self.orders.append(order)
+
+    def post(self, order: Order) -> None:
+        self.orders.append(order)
+
+    async def ended(self) -> str:
+        await self.exit.wait()
+        return self.end
+
+    async def ends_within(self, seconds: float) -> bool:
+        await settle()
+        return self.exit.is_set()
+
+    def kill(self) -> None:
+        self.die("was killed")
+
+    async def close(self) -> None:
+        self.kill()
+
+
+@pytest.fixture
+async def worker() -> FakeWorker:
+    return FakeWorker()
+
+
+@pytest.fixture
+async def engine(worker: Any) -> AsyncIterator[WorkerEngine]:
+    engine = WorkerEngine("m", worker, worker.reports())
+    yield engine
+    await engine.close()
+
+
+async def test_a_sequence_goes_out_and_its_outputs_come_back(
+    engine: WorkerEngine, worker: FakeWorker
+) -> None:
+    batches = engine.generate("r1", [1, 2], SAMPLING)
+    first = asyncio.ensure_future(anext(batches))
+    await settle()
+    assert worker.orders == [Generate(key=1, request_id="r1", ids=[1, 2], sampling=SAMPLING)]
+    worker.say(Output(key=1, ids=[7]))
+    assert await first == TokenBatch(ids=[7])
+    timings = EngineTimings(decode_ms=5.0)
+    worker.say(Output(key=1, ids=[], finish="stop", timings=timings))
+    assert await anext(batches) == TokenBatch(ids=[], finish="stop", timings=timings)
+    with pytest.raises(StopAsyncIteration):
+        await anext(batches)
+    assert len(worker.orders) == 1, "a finished sequence is not cancelled"
+
+
+async def test_sequences_are_kept_apart(engine: WorkerEngine, worker: FakeWorker) -> None:
+    async def collect(request_id: str) -> list[int]:
+        return [id async for batch in engine.generate(request_id, [1], SAMPLING) for id in batch.ids]
+
+    tasks = [asyncio.create_task(collect(name)) for name in ("a", "b")]
+    await settle()
+    worker.say(Output(key=1, ids=[10]), Output(key=2, ids=[20]))
+    worker.say(Output(key=99, ids=[0]), Output(key=2, ids=[21], finish="length"))
+    worker.say(Output(key=1, ids=[11], finish="stop"))
+    assert [await task for task in tasks] == [[10, 11], [20, 21]]
+
+
+async def test_steps_that_nobody_took_yet_come_joined(engine: WorkerEngine, worker: FakeWorker) -> None:
+    batches = engine.generate("r", [1], SAMPLING)
+    first = asyncio.ensure_future(anext(batches))
+    await settle()
+    worker.say(Output(key=1, ids=[1]))
+    await first
+    for id in (2, 3):
+        worker.say(Output(key=1, ids=[id]))
+    worker.say(Output(key=1, ids=[4], finish="stop"))
+    await settle()
+    assert await anext(batches) == TokenBatch(ids=[2, 3, 4], finish="stop")
+    await batches.aclose()
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+async def test_closing_a_sequence_cancels_it_once(
+    engine: WorkerEngine, worker: FakeWorker, taken: int
+) -> None:
+    batches = engine.generate("r", [1], SAMPLING)
+    task = asyncio.ensure_future(anext(batches))
+    await settle()
+    if taken:
+        worker.say(Output(key=1, ids=[5]))
+        await task
+        await batches.aclose()
+    else:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert worker.orders[1:] == [Cancel(key=1)]
+    worker.say(Output(key=1, ids=[6]))
+    await settle()
+
+
+async def test_a_sequence_that_fails_takes_no_other_along(engine: WorkerEngine, worker: FakeWorker) -> None:
+    good, bad = engine.generate("good", [1], SAMPLING), engine.generate("bad", [1], SAMPLING)
+    tasks = [asyncio.ensure_future(anext(each)) for each in (good, bad)]
+    await settle()
+    worker.say(Output(key=2, ids=[], error="the logits are not finite"), Output(key=1, ids=[3]))
+    assert await tasks[0] == TokenBatch(ids=[3])
+    with pytest.raises(Internal, match="the logits are not finite"):
+        await tasks[1]
+    await good.aclose()
+
+
+async def test_death_reaches_every_sequence_and_the_owner(engine: WorkerEngine, worker: FakeWorker) -> None:
+    running = [asyncio.ensure_future(anext(engine.generate(name, [1], SAMPLING))) for name in ("a", "b")]
+    died = asyncio.ensure_future(engine.died())
+    await settle()
+    worker.say(Output(key=1, ids=[3]))
+    worker.die("was killed by SIGSEGV")
+    assert await died == "was killed by SIGSEGV"
+    assert await running[0] == TokenBatch(ids=[3]), "what came before is not lost"
+    with pytest.raises(Loading, match="engine of m was killed by SIGSEGV") as failure:
+        await running[1]
+    assert (failure.value.code, failure.value.retry_after) == ("engine_ended", 1)
+    with pytest.raises(Loading):
+        await anext(engine.generate("late", [1], SAMPLING))
+
+
+async def test_a_worker_that_went_while_we_wrote_is_told_like_a_death(
+    engine: WorkerEngine, worker: FakeWorker
+) -> None:
+    worker.broken = True
+    task = asyncio.ensure_future(anext(engine.generate("r", [1], SAMPLING)))
+    await settle()
+    worker.die("was killed by SIGKILL")
+    with pytest.raises(Loading, match="SIGKILL"):
+        await task
+
+
+async def test_a_worker_that_talks_nonsense_is_ended(engine: WorkerEngine, worker: FakeWorker) -> None:
+    worker.mouth.put_nowait(ValueError("not a report: junk"))
+    assert await engine.died() == "sent what is not a report: junk, and was killed"
+
+
+async def test_a_worker_that_hangs_up_but_stays_is_ended(engine: WorkerEngine, worker: FakeWorker) -> None:
+    worker.mouth.put_nowait(None)
+    assert await engine.died() == "was killed"
