@@ -15,6 +15,7 @@ import msgspec
 
 from cortex.config import ConfigError, NeuronConfig
 from cortex.hookspecs import EngineFactory
+from cortex.neuron import heap
 from cortex.neuron.access import node_guard
 from cortex.neuron.activation import Activator
 from cortex.neuron.api import NodeApi
@@ -60,6 +61,7 @@ class Neuron:
 
         Raises CortexError if an engine cannot start.
         """
+        heap.keep_to_one_arena()
         for factory in self._factories.values():
             await factory.start()
         for name, work in self._background().items():
@@ -108,6 +110,7 @@ def build_neuron(
         defaults=_defaults(config),
         max_waiting=config.admission.max_waiting,
         on_loaded=metrics.loaded,
+        on_freed=heap.trim,
         clock=clock,
         wall=wall,
     )

@@ -48,12 +48,14 @@ class Residents:
         defaults: Iterable[LoadRequest] = (),
         max_waiting: int = 32,
         on_loaded: Callable[[str, float], None] = lambda model_id, seconds: None,
+        on_freed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._loader = loader
         self._max_waiting = max_waiting
         self._on_loaded = on_loaded
+        self._on_freed = on_freed
         self._clock = clock
         self._wall = wall
         self._stopping = False
@@ -224,6 +226,8 @@ class Residents:
             await self._run(entry, served)
         entry.life = None
         self._forget_stranger(entry.resident)
+        # After this task, which still holds the model; before those who wait for its end.
+        asyncio.get_running_loop().call_soon(self._on_freed)
 
     def _settle(self, resident: Resident, load: SharedLoad, failure: CortexError | None) -> Served | None:
         """Turn a load's end into the model's status, and tell those who wait."""

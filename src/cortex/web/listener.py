@@ -48,6 +48,10 @@ async def listen(sock: socket.socket, app: ASGIApp, stop: asyncio.Event, drain_s
             if not _only_lost(error):
                 raise
             _log.debug("a client's connection broke: %r", error)
+        except asyncio.CancelledError:
+            # Only draining does this, and this task has nobody above it but asyncio's streams, which
+            # take a cancelled handler for a crash.
+            writer.transport.abort()
 
     server = await asyncio.start_server(serve, sock=sock, backlog=BACKLOG)
     try:
