@@ -6,12 +6,11 @@ import logging
 import socket
 
 import pytest
-from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
 from hypercorn.events import RawData
 
 from cortex.web.asgi import EventStream, Response
-from cortex.web.listener import ServedConnection, listen
+from cortex.web.listener import ServedConnection, Serving, listen
 from cortex.web.service import Route, Service
 
 
@@ -126,8 +125,7 @@ async def test_a_head_waits_for_the_bytes_after_it_so_that_they_leave_together()
         async def drain(self):
             pass
 
-    loop = asyncio.get_running_loop()
-    connection = ServedConnection(None, loop, Config(), WorkerContext(None), {}, None, Writer())
+    connection = ServedConnection(None, Config(), Serving(), None, Writer())
     for data in (
         b"HTTP/1.1 100 Continue\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n\r\n",
@@ -210,3 +208,38 @@ async def test_stopping_does_not_wait_for_idle_connections():
     assert await reader.read() == b""
     writer.close()
     await writer.wait_closed()
+
+
+async def test_an_idle_connection_is_ended_by_its_timer(monkeypatch):
+    monkeypatch.setattr("cortex.web.listener.KEEP_ALIVE_S", 0.05)
+    async with listening(App()) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(POST + b"hello")
+        await reader.readuntil(b"hello")
+        async with asyncio.timeout(2.0):
+            assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_connection_that_becomes_idle_while_the_server_stops_is_ended():
+    sock = socket.create_server(("127.0.0.1", 0))
+    stop = asyncio.Event()
+    released = asyncio.Event()
+    arrived = asyncio.Event()
+
+    async def wait(request):
+        arrived.set()
+        await released.wait()
+        return Response(b"done")
+
+    service = Service([Route("GET", "/", wait)], name="test")
+    task = asyncio.create_task(listen(sock, service, stop, 5.0))
+    reader, writer = await asyncio.open_connection(*sock.getsockname())
+    writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    await arrived.wait()
+    stop.set()
+    released.set()
+    async with asyncio.timeout(2.0):
+        assert (await reader.read()).endswith(b"done")
+        await task
+    writer.close()

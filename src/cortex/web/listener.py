@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, cast
 
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.asyncio.worker_context import WorkerContext
+from hypercorn.asyncio.worker_context import AsyncioSingleTask, WorkerContext
 from hypercorn.config import Config
 from hypercorn.events import Event, RawData, Updated
 from hypercorn.typing import ASGIFramework
 
 from cortex.web.asgi import ASGIApp
+from cortex.web.idle import IdleTimer, loop_call_later
 
 KEEP_ALIVE_S: Final = 75.0
 """How long an idle client connection is kept: longer than clients' pools keep theirs."""
@@ -33,7 +36,7 @@ _log: Final = logging.getLogger("cortex.web")
 
 async def listen(sock: socket.socket, app: ASGIApp, stop: asyncio.Event, drain_s: float) -> None:
     """Accept connections until `stop`; then close the idle ones, and give the others `drain_s` seconds."""
-    config, context = _config(), WorkerContext(None)
+    config, serving = _config(), Serving()
     wrapped = ASGIWrapper(cast(ASGIFramework, app))
     connections: set[asyncio.Task[Any]] = set()
 
@@ -41,9 +44,8 @@ async def listen(sock: socket.socket, app: ASGIApp, stop: asyncio.Event, drain_s
         task = cast("asyncio.Task[Any]", asyncio.current_task())
         connections.add(task)
         task.add_done_callback(connections.discard)
-        loop = asyncio.get_running_loop()
         try:
-            await ServedConnection(wrapped, loop, config, context, {}, reader, writer)
+            await ServedConnection(wrapped, config, serving, reader, writer)
         except (OSError, BaseExceptionGroup) as error:
             if not _only_lost(error):
                 raise
@@ -58,7 +60,7 @@ async def listen(sock: socket.socket, app: ASGIApp, stop: asyncio.Event, drain_s
         await stop.wait()
     finally:
         server.close()
-        await context.terminated.set()
+        await serving.end()
         if connections:
             _, late = await asyncio.wait(connections, timeout=drain_s)
             for task in late:
@@ -66,10 +68,78 @@ async def listen(sock: socket.socket, app: ASGIApp, stop: asyncio.Event, drain_s
             await asyncio.gather(*late, return_exceptions=True)
 
 
+class Serving(WorkerContext):
+    """What the connections of one socket share. Those in `idle` wait for a next request."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.idle: set[IdleWatch] = set()
+
+    async def end(self) -> None:
+        """Idle connections close now, the others after the request that is under way."""
+        await self.terminated.set()
+        for watch in list(self.idle):
+            watch.expire()
+
+
+class IdleWatch:
+    """Ends a connection that has waited too long for its next request, or waits for one in the end.
+
+    Takes the place of hypercorn's `idle_task`, which makes and cancels two tasks for every request.
+    """
+
+    def __init__(self, serving: Serving, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._serving = serving
+        self._end = end
+        self._timer = IdleTimer(KEEP_ALIVE_S, self.expire, time.monotonic, loop_call_later)
+        self._ending: asyncio.Task[None] | None = None
+
+    async def restart(self, task_group: object, action: object) -> None:
+        """hypercorn says: no request is under way."""
+        if self._serving.terminated.is_set():
+            self.expire()
+        else:
+            self._serving.idle.add(self)
+            self._timer.begin()
+
+    async def stop(self) -> None:
+        """hypercorn says: a request has begun, or the connection has ended."""
+        self._serving.idle.discard(self)
+        self._timer.end()
+
+    def expire(self) -> None:
+        if self._ending is None:
+            self._ending = asyncio.get_running_loop().create_task(self._end())
+
+    async def close(self) -> None:
+        """The connection is over."""
+        self._timer.close()
+        if self._ending is not None:
+            await asyncio.gather(self._ending, return_exceptions=True)
+
+
 class ServedConnection(TCPServer):
-    """hypercorn's connection, ended when the client has ended it, and with fewer writes."""
+    """hypercorn's connection, ended when the client has ended it, and with fewer writes and tasks."""
 
     _held = b""
+
+    def __init__(
+        self,
+        app: ASGIWrapper,
+        config: Config,
+        serving: Serving,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        super().__init__(app, asyncio.get_running_loop(), config, serving, {}, reader, writer)
+        self._idle = IdleWatch(serving, self._initiate_server_close)
+        self.idle_task = cast(AsyncioSingleTask, self._idle)
+
+    async def run(self) -> None:
+        try:
+            await super().run()
+        finally:
+            await self._idle.close()
 
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, RawData):

@@ -8,6 +8,7 @@ bytes are on their way a failure is the caller's to judge. Does not know what is
 from __future__ import annotations
 
 import asyncio
+import functools
 import ssl
 import time
 from collections import deque
@@ -248,6 +249,7 @@ class Pool:
             self._sweeper = self._call_later(oldest + self._keepalive_expiry - now, self._sweep)
 
 
+@functools.lru_cache(maxsize=256)
 def _origin(url: str) -> tuple[str, SplitResult]:
     parts = urlsplit(url)
     try:

@@ -76,18 +76,25 @@ class _Client:
         self.loop = asyncio.get_running_loop()
         self.connection: _Connection | None = None
 
-    async def run(self, until: float, after: float = 0.0) -> None:
-        """Ask at least once, and until the loop's clock says `until`."""
+    async def run(self, until: float, after: float = 0.0, every: float = 0.0) -> None:
+        """Ask at least once, and until the loop's clock says `until`.
+
+        A question follows `every` seconds after the last one, or at once if the answer took longer.
+        """
         if after:
             await asyncio.sleep(after)
+        due = self.loop.time()
         while len(self.window.faults) < _MOST_FAULTS:
             try:
                 await self.ask()
             except OSError as error:
                 self.window.faults.append(str(error))
                 self.close()
-            if self.loop.time() >= until:
+            due = max(due + every, self.loop.time())
+            if due >= until:
                 return
+            if every:
+                await asyncio.sleep(due - self.loop.time())
 
     async def ask(self) -> None:
         connection = self.connection
@@ -114,9 +121,14 @@ class _Client:
 
 
 async def apply(
-    port: int, kind: Kind, connections: int, seconds: float, mark: Callable[[], None] = lambda: None
+    port: int,
+    kind: Kind,
+    connections: int,
+    seconds: float,
+    every: float = 0.0,
+    mark: Callable[[], None] = lambda: None,
 ) -> Window:
-    """Load `port` for `seconds` and return what came back.
+    """Load `port` for `seconds`, each connection asking `every` so many seconds, and return what came back.
 
     `mark` is called when every connection is open and has had one answer, before the first counted
     question. Faults of the uncounted answers count all the same.
@@ -126,11 +138,11 @@ async def apply(
     clients = [_Client(port, request, window) for _ in range(connections)]
     now = asyncio.get_running_loop().time
     try:
-        await _together(clients, 0.0)
+        await _together(clients, 0.0, 0.0)
         window.whole.clear()
         window.first.clear()
         mark()
-        await _together(clients, now() + seconds)
+        await _together(clients, now() + seconds, every)
     except TimeoutError:
         window.faults.append(f"answers were missing {_PATIENCE:.0f} s after the last question")
     finally:
@@ -139,13 +151,13 @@ async def apply(
     return window
 
 
-async def _together(clients: list[_Client], until: float) -> None:
-    """Run all clients. They start spread over one pace, so that paced answers are not in lockstep."""
+async def _together(clients: list[_Client], until: float, every: float) -> None:
+    """Run all clients. They start spread over one pace, so that they are not in lockstep."""
     loop = asyncio.get_running_loop()
-    step = exchange.PACE / len(clients)
+    step = (every or exchange.PACE) / len(clients)
     async with asyncio.timeout_at(max(until, loop.time()) + _PATIENCE), asyncio.TaskGroup() as group:
         for number, client in enumerate(clients):
-            group.create_task(client.run(until, number * step))
+            group.create_task(client.run(until, number * step, every))
 
 
 def _request(port: int, kind: Kind) -> bytes:

@@ -38,14 +38,21 @@ class Load:
     connections: int
     seconds: float
     """Length of its window in each round."""
+    every: float = 0.0
+    """Seconds from one question of a connection to its next; 0 asks again as soon as it is answered."""
 
 
 LOADS: Final = (
-    Load("plain", Kind.PLAIN, 8, 2.0),
-    Load("burst", Kind.BURST, 8, 2.5),
+    Load("plain", Kind.PLAIN, 8, 2.0, every=0.02),
+    Load("burst", Kind.BURST, 8, 2.5, every=0.04),
     Load("paced", Kind.PACED, 8, 3.0),
     Load("single", Kind.PLAIN, 1, 1.0),
+    Load("flood", Kind.PLAIN, 8, 1.5),
+    Load("burst flood", Kind.BURST, 8, 1.5),
 )
+"""Costs are compared where all carry the same load: 400 plain requests and 200 bursts a second. In a
+flood each runs at a speed of its own, and a fast gateway saves by handling many requests in one turn.
+"""
 
 
 @dataclass
@@ -146,7 +153,9 @@ def _visit(runner: asyncio.Runner, each: Load, subject: Subject, scale: float) -
     def mark() -> None:
         before.update(child.cpu_seconds())
 
-    window = runner.run(load.apply(subject.port, each.kind, each.connections, each.seconds * scale, mark))
+    window = runner.run(
+        load.apply(subject.port, each.kind, each.connections, each.seconds * scale, each.every, mark)
+    )
     subject.figures[each.name].add(window, spent(before, child.cpu_seconds()))
     if not child.alive:
         subject.missing = f"ended during the runs: {child.last_lines()}"

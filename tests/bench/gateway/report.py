@@ -26,6 +26,8 @@ _ANSWER: Final = {
     "burst": "burst reply",
     "paced": "paced reply",
     "single": "plain request, 1 connection",
+    "flood": "plain request, in a flood",
+    "burst flood": "burst reply, in a flood",
 }
 _COLUMN: Final = 20
 

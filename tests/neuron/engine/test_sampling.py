@@ -14,7 +14,7 @@ from torch import Tensor
 from cortex.hookspecs import Sampling
 from cortex.neuron.engine.sampler import CANDIDATES, sample
 
-VOCAB = 3 * CANDIDATES
+VOCAB = 3 * CANDIDATES[0]
 
 
 def settings(**changes: Any) -> Sampling:
@@ -57,7 +57,7 @@ def test_temperature_zero_takes_the_likeliest_whatever_else_is_set() -> None:
         settings(temperature=0.5),
         settings(temperature=1.5, min_p=0.02),
         settings(temperature=1.0, top_k=5),
-        settings(temperature=1.0, top_k=CANDIDATES + 10, top_p=0.9),
+        settings(temperature=1.0, top_k=CANDIDATES[0] + 10, top_p=0.9),
         settings(temperature=0.7, top_p=0.6),
         settings(temperature=8.0, top_p=0.95),
         settings(temperature=1.0, top_k=40, top_p=0.8, min_p=0.05),
@@ -132,6 +132,16 @@ def test_values_that_are_not_numbers_give_no_token_and_disturb_nobody(bad: float
 
 def test_a_row_of_nothing_possible_gives_no_token() -> None:
     assert sample(torch.full((1, 8), float("-inf")), [settings()], [0.5]) == [None]
+
+
+def test_a_large_flat_vocabulary_is_drawn_from_as_far_as_top_p_reaches() -> None:
+    row = logits(1, vocab=3 * CANDIDATES[1], spread=0.5)[0]
+    setting = settings(top_p=0.98)
+    may = allowed(row, setting)
+    assert len(may) > CANDIDATES[1]
+    chosen = set(drawn(row, setting, [0.0, 0.3, 0.9, 0.999999]))
+    assert chosen <= may
+    assert len(chosen) == 4
 
 
 def test_a_vocabulary_smaller_than_the_candidates_works() -> None:

@@ -36,7 +36,7 @@ class Runner:
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
         """fp32 [wanted, vocab] on the device; the cache then holds the plan's tokens."""
-        return self._model(prepare(plan, self.device), self._cache.layers)  # type: ignore[arg-type]
+        return self._model(prepare(plan, self.device), self._cache.layers)
 
 
 def load_runner(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cortex.hookspecs import Sampling
 
-CANDIDATES: Final = 256
-"""Likeliest tokens that are looked at before a whole vocabulary is sorted."""
+CANDIDATES: Final = (256, 4096)
+"""How many of the likeliest tokens are looked at before a whole vocabulary is sorted."""
 
 
 @torch.inference_mode()
@@ -50,25 +50,28 @@ def _draw_whole(probabilities: Tensor, settings: Sequence[Sampling], uniform: Te
 
 
 def _draw_truncated(probabilities: Tensor, settings: Sequence[Sampling], uniform: Tensor) -> Tensor:
-    """Tokens of rows with top_k or top_p: from a few candidates where these are provably enough."""
+    """Tokens of rows with top_k or top_p: each from the fewest candidates that are provably enough."""
     vocab = probabilities.shape[-1]
-    width = min(CANDIDATES, vocab)
-    candidates = probabilities.topk(width, dim=-1)
-    covered = candidates.values.sum(dim=-1).tolist()
     tokens = torch.empty(len(settings), dtype=torch.int64, device=probabilities.device)
-    few = [
-        setting.top_k <= width if setting.top_k > 0 else total >= setting.top_p
-        for setting, total in zip(settings, covered, strict=True)
-    ]
-    for enough in (True, False):
-        rows = [row for row, found in enumerate(few) if found == enough]
-        if not rows:
-            continue
-        at = torch.tensor(rows, device=probabilities.device)
-        likeliest, ids = candidates if enough else probabilities.sort(dim=-1, descending=True)
-        rank = _draw_sorted(likeliest[at], [settings[row] for row in rows], uniform[at])
-        tokens[at] = ids[at].gather(1, rank.unsqueeze(1)).squeeze(1)
+    left = list(range(len(settings)))
+    for width in (*(few for few in CANDIDATES if few < vocab), vocab):
+        likeliest, ids = probabilities[left].topk(width, dim=-1)
+        covered = likeliest.sum(dim=-1).tolist()
+        enough = [_enough(settings[row], width, total) for row, total in zip(left, covered, strict=True)]
+        ready = [i for i, found in enumerate(enough) if found or width == vocab]
+        if ready:
+            rows = [left[i] for i in ready]
+            rank = _draw_sorted(likeliest[ready], [settings[row] for row in rows], uniform[rows])
+            tokens[rows] = ids[ready].gather(1, rank.unsqueeze(1)).squeeze(1)
+            left = [row for row in left if row not in rows]
+        if not left:
+            break
     return tokens
+
+
+def _enough(setting: Sampling, width: int, covered: float) -> bool:
+    """True if no token outside the `width` likeliest, whose probabilities sum to `covered`, may come."""
+    return setting.top_k <= width if setting.top_k > 0 else covered >= setting.top_p
 
 
 def _draw_sorted(probabilities: Tensor, settings: Sequence[Sampling], uniform: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Importing this imports no torch; families are imported by name when a worker nee
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Family(Protocol):
 class CausalModel(Protocol):
     """A model once it is filled."""
 
-    def __call__(self, step: Step, caches: list[LayerCache]) -> Tensor:
+    def __call__(self, step: Step, caches: Sequence[LayerCache]) -> Tensor:
         """Logits of the wanted rows: fp32 [wanted, vocabulary]."""
 
 
