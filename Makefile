@@ -29,14 +29,14 @@ up: $(VENV)/installed-neuron
 	@exec $(BIN)/cortex up $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
 soak: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/soak -o norecursedirs='.*' --timeout=0 $(ARGS)
+	$(BIN)/python -m pytest -m long --long --timeout=0 $(ARGS)
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python tests/bench/gateway/run.py $(ARGS)

@@ -7,6 +7,7 @@ and a collection that opens a connection.
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import os
 import socket
@@ -75,6 +76,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     """Fetches what the selected tests need before the first one runs, outside every test's time limit."""
     if session.config.option.collectonly:
         return
+    gc.collect()
+    gc.freeze()  # what was imported stays: looking through it again costs half a second each time
     wanted = {name for item in session.items for name in getattr(item, "fixturenames", ()) if name in MODELS}
     for name in sorted(wanted):
         fetched[name] = asyncio.run(fetch(MODELS[name]))
@@ -87,6 +90,20 @@ async def fetch(reference: str) -> Path | CortexError:
         return await references.locate(reference, lambda progress: None)
     except CortexError as error:
         return error
+
+
+# --- long tests ---------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked long too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.long:
+        long = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
 
 
 # --- guards ---------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def _manager(
         except Exception as error:
             raise PluginError(f"plugin {name} cannot be loaded: {error!r}; repair or uninstall it") from error
     for plugin in extra:
-        manager.register(plugin)
+        manager.register(plugin, name=f"{type(plugin).__module__}.{type(plugin).__qualname__}")
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as error:

@@ -93,6 +93,7 @@ UNSEEN = {
     "ruff": "a command of `make lint`",
     "pytest-asyncio": "a plugin that pytest finds by itself",
     "pytest-timeout": "a plugin that pytest finds by itself",
+    "pytest-xdist": "a plugin that pytest finds by itself",
 }
 """Dependencies that no import shows, and why they are there."""
 

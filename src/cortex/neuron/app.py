@@ -29,7 +29,7 @@ from cortex.neuron.references import References
 from cortex.neuron.residents import Residents
 from cortex.neuron.torch_engine import DTYPES, TorchFactory
 from cortex.neuron.wheels import WheelCache
-from cortex.plugins import load_engine_plugins
+from cortex.plugins import EnginePlugins, load_engine_plugins
 from cortex.web.idle import CallLater, Clock, loop_call_later
 from cortex.web.service import Service
 from cortex.wire.node import LoadRequest
@@ -93,7 +93,7 @@ def build_neuron(
     BadRequest if a default model names an engine that is not installed.
     """
     hardware = hardware or Hardware()
-    engines = _engines(config) if factories is None else factories
+    engines = _torch_first(load_engines(config).engines) if factories is None else factories
     references = _references(config)
     metrics = NeuronMetrics()
     ledger = _ledger(config, hardware)
@@ -150,14 +150,17 @@ def _defaults(config: NeuronConfig) -> list[LoadRequest]:
     return [msgspec.convert(msgspec.structs.asdict(model), LoadRequest) for model in config.default_models]
 
 
-def _engines(config: NeuronConfig) -> dict[str, EngineFactory]:
-    """The torch engine and those that plugins bring, torch first."""
+def load_engines(config: NeuronConfig) -> EnginePlugins:
+    """The engines that plugins bring, and torch. Raises ConfigError, PluginError."""
     dtype = config.harness.torch.dtype
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"harness.torch.dtype: expected {' or '.join(DTYPES)}, got {dtype!r}.")
-    torch = TorchFactory(dtype=dtype)
-    found = load_engine_plugins(extra=[torch]).engines
-    return {torch.name: torch, **found}
+    return load_engine_plugins(extra=[TorchFactory(dtype=dtype)])
+
+
+def _torch_first(engines: Mapping[str, EngineFactory]) -> dict[str, EngineFactory]:
+    """The first engine is for loads that name none."""
+    return {TorchFactory.name: engines[TorchFactory.name], **engines}
 
 
 def _ledger(config: NeuronConfig, hardware: Hardware) -> Ledger:

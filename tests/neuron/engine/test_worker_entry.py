@@ -98,5 +98,6 @@ assert {"torch", "cortex.neuron.models.llama", "cortex.neuron.weights.dequant"} 
 assert not sys.modules["torch"].cuda.is_initialized()
 assert len(os.listdir("/proc/self/task")) == 1, "a thread was started"
 """
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)

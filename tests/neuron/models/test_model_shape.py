@@ -68,8 +68,14 @@ def test_costs_follow_from_the_shape() -> None:
     matrices = 2 * (64 * (64 + 16 + 16) + 64 * 64 + 3 * 64 * 128) + 2 * 1000 * 64
     vectors = 2 * 2 * 64 + 64
     assert shape.weight_bytes("float32") == 4 * (matrices + vectors)
-    assert shape.weight_bytes("packed16") == 2 * matrices + 4 * vectors
     assert shape.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
+
+
+def test_packed_matrices_are_padded_to_512_inputs_and_16_outputs() -> None:
+    shape = read_shape(huggingface())
+    layer = 512 * (96 + 64 + 256 + 64)
+    expected = 2 * (1000 * 64 + 512 * 1008 + 2 * layer) + 4 * (2 * 2 * 64 + 64)
+    assert shape.weight_bytes("packed16") == expected
 
 
 def test_a_tied_table_is_kept_once_in_full_and_twice_packed() -> None:

@@ -207,7 +207,7 @@ def text(value: str) -> bytes:
     return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
-@pytest.fixture(scope="module", params=["smollm", "qwen"])
+@pytest.fixture(scope="module", params=["smollm", pytest.param("qwen", marks=pytest.mark.long)])
 def parity(
     request: pytest.FixtureRequest,
     smollm2_path: Path,

@@ -12,6 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from cortex.neuron.models.registry import FAMILIES
+from cortex.neuron.nn.packing import packed_bytes
 from cortex.neuron.weights.checkpoint import CONFIG, Checkpoint
 from cortex.neuron.weights.layout import READABLE
 from cortex.wire.errors import LoadFailed
@@ -56,16 +57,32 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
     def weight_bytes(self, dtype: str) -> int:
         """Bytes of the loaded weights on one device, `dtype` as in `messages.Load`."""
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        matrices = self.hidden * (qkv + self.heads * self.head_dim + 3 * self.intermediate)
+        table = self.vocab * self.hidden
+        if dtype == "packed16":
+            # Packed matrices cannot be looked up in, so a tied table is there twice.
+            matrices = 2 * table + packed_bytes(self.hidden, self.vocab)
+            matrices += self.layers * sum(packed_bytes(*sizes) for sizes in self._linears)
+        else:
+            matrices = 4 * table * (1 if self.tied else 2)
+            matrices += 4 * self.layers * sum(inputs * outputs for inputs, outputs in self._linears)
         vectors = 2 * self.hidden
-        vectors += qkv * self.qkv_bias + self.hidden * self.output_bias
+        vectors += self._qkv_rows * self.qkv_bias + self.hidden * self.output_bias
         vectors += (2 * self.intermediate + self.hidden) * self.mlp_bias
-        # A packed matrix cannot be looked up in, so a tied table is there twice.
-        tables = 1 if self.tied and dtype == "float32" else 2
-        size = 2 if dtype == "packed16" else 4
-        matrix_elements = self.layers * matrices + tables * self.vocab * self.hidden
-        return size * matrix_elements + 4 * (self.layers * vectors + self.hidden)
+        return matrices + 4 * (self.layers * vectors + self.hidden)
+
+    @property
+    def _qkv_rows(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def _linears(self) -> tuple[tuple[int, int], ...]:
+        """Inputs and outputs of a layer's matrices, fused as the model has them."""
+        return (
+            (self.hidden, self._qkv_rows),
+            (self.heads * self.head_dim, self.hidden),
+            (self.hidden, 2 * self.intermediate),
+            (self.intermediate, self.hidden),
+        )
 
     @property
     def kv_bytes_per_token(self) -> int:

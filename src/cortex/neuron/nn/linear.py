@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cortex.neuron.nn.packing import packed_bytes
 from cortex.neuron.nn.placement import Placement, empty, placed
 
 
@@ -26,7 +27,9 @@ class Linear(nn.Module):
         self.weight: nn.Parameter | None = empty(outputs, inputs, dtype=kept)
         self.bias: nn.Parameter | None = empty(outputs) if bias else None
         self.packed: Any = None
-        self.nbytes = outputs * inputs * placement.matrix.itemsize + (4 * outputs if bias else 0)
+        plain = outputs * inputs * placement.matrix.itemsize
+        matrix = packed_bytes(inputs, outputs) if placement.prepacked else plain
+        self.nbytes = matrix + (4 * outputs if bias else 0)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes `weight` and, with a bias, `bias` from the host; fp32 where they are to be packed."""

@@ -7,9 +7,8 @@ Knows neither architectures nor devices: modules place what they are given.
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Final, NamedTuple, Protocol, cast
 
 import torch
@@ -62,18 +61,25 @@ def load(
     progress = _Progress(report, sum(job.nbytes for job in jobs))
     progress.add(0)
     pool = ThreadPoolExecutor(threads, "fill", initializer=torch.set_num_threads, initargs=(1,))
-    filling: deque[Future[None]] = deque()
+    filling: set[Future[None]] = set()
     try:
         for job in jobs:
             tensors = {name: _join(p, source, checkpoint, progress) for name, p, source in job.parameters}
-            filling.append(pool.submit(job.module.fill, tensors))
+            filling.add(pool.submit(job.module.fill, tensors))
             del tensors
-            while len(filling) > threads:  # so few joined parameters wait in memory
-                filling.popleft().result()
-        for filled in filling:
-            filled.result()
+            filling = _settled(filling, threads)  # so few joined parameters wait in memory
+        _settled(filling, 0)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _settled(filling: set[Future[None]], most: int) -> set[Future[None]]:
+    """Those still under way, once they are at most so many. Raises what failed."""
+    while len(filling) > most:
+        done, filling = wait(filling, return_when=FIRST_COMPLETED)
+        for filled in done:
+            filled.result()
+    return filling
 
 
 class _Progress:
