@@ -42,10 +42,6 @@ def busy(sock):
     sock.sendall(frame(LoadProgress(phase="busy", done=os.getpid(), total=os.getppid())))
     time.sleep(600)
 
-def environment(sock):
-    said = os.environ["NODE_TEST_SET"] + ", " + os.environ["NODE_TEST_UNSET"]
-    sock.sendall(frame(LoadProgress(phase=said, done=0, total=0)))
-
 def lacks_a_module(sock):
     sys.exit(1)
 
@@ -244,20 +240,3 @@ async def test_a_node_that_fails_without_cleaning_up_ends_all_the_same(tmp_path:
     assert await asyncio.wait_for(program.wait(), 10) == 5
     _, remaining = await asyncio.to_thread(psutil.wait_procs, started, 10)
     assert not remaining
-
-
-async def test_the_environment_is_set_for_workers_but_never_over_the_operators(
-    workers: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NODE_TEST_SET", "by the operator")
-    monkeypatch.delenv("NODE_TEST_UNSET", raising=False)
-    wishes = {"NODE_TEST_SET": "by us", "NODE_TEST_UNSET": "by us"}
-    server = WarmServer([], workers("environment"), environment=wishes)
-    await server.start()
-    worker = await server.spawn()
-    report = await anext(worker.reports())
-    assert isinstance(report, LoadProgress)
-    assert report.phase == "by the operator, by us"
-    await worker.close()
-    await server.stop()
-    monkeypatch.delenv("NODE_TEST_UNSET")

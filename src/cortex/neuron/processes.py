@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from typing import Any, Final
@@ -45,16 +45,11 @@ class WarmServer:
         target: Target,
         *,
         probe: tuple[Any, ...] = (),
-        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`probe` are arguments with which the target ends at once and well when its socket is closed.
-
-        `environment` is set where the node's own environment says nothing, before the server starts.
-        """
+        """`probe` are arguments with which the target ends at once and well when its socket is closed."""
         self._preload = list(preload)
         self._target = target
         self._probe = probe
-        self._environment = dict(environment or {})
 
     async def start(self) -> None:
         """Returns when a probe has shown that workers can be forked and have what they need.
@@ -62,8 +57,6 @@ class WarmServer:
         Raises LoadFailed if they cannot.
         """
         _context.set_forkserver_preload([*self._preload, __name__])
-        for name, value in self._environment.items():
-            os.environ.setdefault(name, value)
         worker = await self.spawn(*self._probe)
         try:
             worker.hang_up()

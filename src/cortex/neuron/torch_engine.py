@@ -28,10 +28,6 @@ from cortex.wire.node import Limit, Progress
 
 WORKER: Final = "cortex.neuron.engine.worker"
 """The module that the warm server imports, torch with it."""
-ENVIRONMENT: Final = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads of a step that wait for each other sleep. Where they spin, which is the default, any other work
-on the same cores makes a step ten times as slow, and on idle cores it gains next to nothing.
-"""
 CPU: Final = "cpu"
 DTYPES: Final = ("packed16", "float32")
 MIB: Final = 2**20
@@ -58,7 +54,7 @@ class TorchFactory:
     def __init__(self, *, dtype: str | None = None, warm: WarmServer | None = None) -> None:
         """`dtype` is for loads that name none."""
         self._dtype = dtype
-        self._warm = warm or WarmServer([WORKER], entry.main, probe=(CPU, 1), environment=ENVIRONMENT)
+        self._warm = warm or WarmServer([WORKER], entry.main, probe=(CPU, 1))
 
     @hookimpl
     def cortex_register_engines(self, register: Callable[[EngineFactory], None]) -> None:
