@@ -19,6 +19,7 @@ import hypothesis
 import psutil
 import pytest
 
+import cortex.neuron.engine  # noqa: F401  (before torch: how its threads wait)
 from cortex.neuron.references import References
 from cortex.neuron.wheels import WheelCache
 from cortex.wire.errors import CortexError

@@ -32,6 +32,22 @@ async def test_what_a_proxy_forwards_is_not_from_this_machine(world, header):
     assert (await status(world, **{header: "127.0.0.1"}))[0] == 401
 
 
+@pytest.mark.parametrize(
+    ("origin", "code"),
+    [
+        ("http://localhost:3000", 200),
+        ("http://127.0.0.1", 200),
+        ("http://[::1]:8080", 200),
+        ("https://elsewhere.example", 401),
+        ("http://localhost.elsewhere.example", 401),
+        ("null", 401),
+        ("http://[", 401),
+    ],
+)
+async def test_another_sites_page_in_a_browser_here_is_not_this_machine(world, origin, code):
+    assert (await status(world, origin=origin))[0] == code
+
+
 async def test_keys_are_needed_from_everywhere_once_there_are_any(make_world):
     world = await make_world(keys=KEYS)
     assert (await status(world))[0] == 401
