@@ -17,10 +17,11 @@ _RATIOS: Final = (
     ("plain", RUST, 5.0),
     ("burst", RUST, 3.0),
     ("paced", RUST, 8.0),
-    ("plain", PYTHON, 1 / 15),
-    ("burst", PYTHON, 1 / 15),
+    ("flood", PYTHON, 1 / 15),
+    ("burst flood", PYTHON, 1 / 15),
     ("paced", PYTHON, 1 / 15),
 )
+"""The slow peer cannot carry the common load, so where it can be it is compared with both at full speed."""
 _ANSWER: Final = {
     "plain": "plain request",
     "burst": "burst reply",
