@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import ssl
 import time
 from collections import deque
@@ -280,4 +281,7 @@ def _was_closed() -> ConnectFailed:
 
 
 def _cause(error: OSError | UnicodeError) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    """The system's words where it has some: asyncio's name the address, which stands there already."""
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
+        return os.strerror(error.errno)
+    return str(error)
