@@ -282,6 +282,6 @@ def _was_closed() -> ConnectFailed:
 
 def _cause(error: OSError | UnicodeError) -> str:
     """The system's words where it has some: asyncio's name the address, which stands there already."""
-    if isinstance(error, OSError) and error.errno and error.errno > 0:
-        return os.strerror(error.errno)
-    return str(error)
+    if isinstance(error, ssl.SSLError) or not isinstance(error, OSError):
+        return str(error)
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
