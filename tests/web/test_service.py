@@ -310,3 +310,17 @@ async def test_a_websocket_is_refused(serving):
 
     await serving(hello).app({"type": "websocket"}, receive, send)
     assert sent == ["websocket.close"]
+
+
+@pytest.mark.parametrize(("path", "level"), [("/fine", "DEBUG"), ("/wrong", "INFO")])
+async def test_a_poll_that_goes_well_is_logged_at_debug(caplog, path, level):
+    async def fine(request):
+        return Response(b"{}")
+
+    async def wrong(request):
+        raise Busy("not now")
+
+    routes = [Route("GET", "/fine", fine, routine=True), Route("GET", "/wrong", wrong, routine=True)]
+    with caplog.at_level(logging.DEBUG, "cortex.access"):
+        await AsgiClient(Service(routes, name="polled")).get(path)
+    assert [record.levelname for record in caplog.records if record.name == "cortex.access.polled"] == [level]

@@ -85,9 +85,10 @@ def build_gateway(
         body_cap=section.body_limit_mb * 2**20,
         name="gateway",
     )
+    scrape = Route("GET", "/metrics", _metrics_handler(metrics), routine=True)
     return Gateway(
         app,
-        Service([Route("GET", "/metrics", _metrics_handler(metrics))], clock=clock, name="metrics"),
+        Service([scrape], clock=clock, name="metrics"),
         Poller(fleet, observers, interval=section.poll_interval_s),
         pool,
         fleet,
@@ -154,8 +155,8 @@ def _own_routes(listing: Listing, operator: Operator, access: Access) -> list[Ro
         return json_response(listing.nodes())
 
     return [
-        Route("GET", "/health", health),
-        Route("GET", "/", health),
+        Route("GET", "/health", health, routine=True),
+        Route("GET", "/", health, routine=True),
         Route("GET", "/nodes", _guarded(nodes, bearer, access)),
         Route("POST", "/nodes/{node}/load", _guarded(operator.load, bearer, access)),
         Route("POST", "/nodes/{node}/unload", _guarded(operator.unload, bearer, access)),

@@ -76,10 +76,10 @@ class Serving:
                     query=request.query,
                 )
             )
-            exchange = Exchange(self, dialect, self._resolve(call, account), account, request)
+            relay = Relay(self, dialect, self._resolve(call, account), account, request)
             if call.stream:
-                return exchange.streamed()
-            return await exchange.whole()
+                return relay.streamed()
+            return await relay.whole()
         except CortexError as error:
             account.settle_error(error, sent=False)
             raise
@@ -131,7 +131,7 @@ class Serving:
         return self._fleet
 
 
-class Exchange:
+class Relay:
     """One call on its way: which nodes were tried, and what the client has had."""
 
     def __init__(

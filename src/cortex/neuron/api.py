@@ -75,11 +75,11 @@ class NodeApi:
 
     def routes(self) -> list[Route]:
         return [
-            Route("GET", "/version", self.version),
-            Route("GET", "/discovery", self.discovery),
-            Route("GET", "/health", self.health),
-            Route("GET", "/metrics", self.metrics),
-            Route("GET", "/models", self.models),
+            Route("GET", "/version", self.version, routine=True),
+            Route("GET", "/discovery", self.discovery, routine=True),
+            Route("GET", "/health", self.health, routine=True),
+            Route("GET", "/metrics", self.metrics, routine=True),
+            Route("GET", "/models", self.models, routine=True),
             Route("POST", "/models/load", self.load),
             Route("POST", "/models/unload", self.unload),
             Route("GET", "/models/{id:path}/endpoint", self.endpoint),

@@ -1,6 +1,7 @@
 """The one log line of a request: `key=value`, greppable, safe against whatever a client sent.
 
-Logger `cortex.access.<service>`, level INFO. Does not know what the extra fields mean.
+Logger `cortex.access.<service>`, level INFO, or DEBUG for polls that go well. Does not know
+what the extra fields mean.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class AccessLog:
 
     def request(self, request: Request, *, status: int, sent: int, seconds: float, outcome: str) -> None:
         """`sent` counts the bytes of the reply's body; `status` 0 means that no reply was begun."""
-        if not self._logger.isEnabledFor(logging.INFO):
+        level = logging.DEBUG if request.routine and outcome == "ok" else logging.INFO
+        if not self._logger.isEnabledFor(level):
             return
         fields: dict[str, object] = {
             "method": request.method,
@@ -36,7 +38,7 @@ class AccessLog:
         }
         # Made here, because finding out which line of code logs costs more than all the rest.
         self._logger.handle(
-            logging.LogRecord(self._logger.name, logging.INFO, __file__, 0, line(fields), None, None)
+            logging.LogRecord(self._logger.name, level, __file__, 0, line(fields), None, None)
         )
 
 

@@ -43,6 +43,7 @@ class Request:
         "path",
         "query",
         "raw_path",
+        "routine",
         "started",
     )
 
@@ -62,6 +63,7 @@ class Request:
         self.client: tuple[str, int] | None = (str(peer[0]), int(peer[1] or 0)) if peer else None
         self.id = _sane_id(self.headers.get("x-request-id")) or os.urandom(16).hex()
         self.started = started
+        self.routine = False
         self.log: dict[str, object] = {}
         self._read = read
 

@@ -35,7 +35,8 @@ class Route(msgspec.Struct, frozen=True):
     """A method and a path pattern with its handler and its way of showing errors.
 
     `{name}` stands for one segment of the path, `{name:path}` for one or more. `matches` decides by the
-    headers between routes that share method and path.
+    headers between routes that share method and path. `routine` is for what is polled: where it goes
+    well, it is logged at DEBUG.
     """
 
     method: str
@@ -43,6 +44,7 @@ class Route(msgspec.Struct, frozen=True):
     handler: Handler
     render_error: RenderError = canonical_error
     matches: Callable[[Mapping[str, str]], bool] = always
+    routine: bool = False
 
 
 Found = tuple[Route, dict[str, str]]

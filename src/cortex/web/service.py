@@ -99,6 +99,7 @@ class Service:
             if self._guard is not None:
                 self._guard(request, spoken_for)
             route, request.params = choose(request, there)
+            request.routine = route.routine
             await self._take_body(request, exchange)
             exchange.watch()
             reply = await route.handler(request)
