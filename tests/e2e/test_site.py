@@ -36,7 +36,8 @@ def test_the_sdk_chats_with_each_node(site, client) -> None:
         assert "Paris" in answer.choices[0].message.content
         assert answer.choices[0].finish_reason in ("stop", "length")
         assert answer.usage.completion_tokens > 0
-        assert f"model=model-of-{node} node={node}" in site.gateway.log()
+        line = f"model=model-of-{node} node={node}"
+        site.wait_for(lambda line=line: line in site.gateway.log(), "the request's log line")
 
 
 def test_the_sdk_streams_with_usage(client) -> None:
