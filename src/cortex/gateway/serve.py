@@ -46,7 +46,7 @@ class Serving:
         clock: Callable[[], float],
         idle_timeout: float,
     ) -> None:
-        self._fleet = fleet
+        self.fleet = fleet
         self._catalogue = catalogue
         self._observers = observers
         self._clock = clock
@@ -92,7 +92,7 @@ class Serving:
 
     def _resolve(self, call: Call, account: Account) -> Call:
         model = self._catalogue.resolve(call.model)
-        if self._fleet.knows(model):
+        if self.fleet.knows(model):
             account.model = model
         elif model in self._catalogue.entries:
             account.model = model
@@ -111,7 +111,7 @@ class Serving:
 
     def next_node(self, model: str, tried: set[str], last: CortexError | None) -> Node:
         """The next node to ask. Raises the last node's refusal, or why there is none to ask."""
-        replicas = self._fleet.replicas(model)
+        replicas = self.fleet.replicas(model)
         node = choose(replicas, model, tried)
         if node is None:
             raise last or why_not(replicas, model)
@@ -125,10 +125,6 @@ class Serving:
             idle_timeout=self._idle_timeout,
             is_alive=lambda: node.lists(request_id),
         )
-
-    @property
-    def fleet(self) -> Fleet:
-        return self._fleet
 
 
 class Relay:
@@ -158,7 +154,8 @@ class Relay:
                 self._read_along(node, answer)
                 rendered = self._dialect.render(self._call, answer)
             except ANOTHER_NODE_MAY_HELP as error:
-                refusal = self._go_on(node, error)
+                self._log_refusal(node, error)
+                refusal = error
                 continue
             self._account.settle("ok", 200)
             return Response(rendered)
@@ -203,7 +200,8 @@ class Relay:
             except ANOTHER_NODE_MAY_HELP as error:
                 if sent:
                     raise
-                refusal = self._go_on(node, error)
+                self._log_refusal(node, error)
+                refusal = error
 
     async def _events_of(self, node: Node, body: bytes, encoder: Encoder) -> AsyncGenerator[bytes, None]:
         """One node's stream: every socket read becomes one piece of whole events for the client."""
@@ -236,9 +234,8 @@ class Relay:
         self._request.log["node"] = node.name
         return node
 
-    def _go_on(self, node: Node, error: CortexError) -> CortexError:
+    def _log_refusal(self, node: Node, error: CortexError) -> None:
         log.info("node refused id=%s node=%s error=%r", self._request.id, node.name, error.message)
-        return error
 
     def _body_for_node(self) -> bytes:
         """The client's bytes; edited only for an alias, and to get the usage of a stream."""

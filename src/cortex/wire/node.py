@@ -11,7 +11,6 @@ from typing import Final, Literal
 import msgspec
 
 WIRE_VERSION: Final = 1
-DEFAULT_PORT: Final = 13131
 
 Status = Literal["loading", "loaded", "draining", "failed", "unloaded"]
 
