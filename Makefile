@@ -3,12 +3,13 @@
 #   make test      ruff, mypy and the test suite
 #   make lint      ruff and mypy alone
 #   make soak      the long-running tests        make bench   the gateway against its peers
+#   make bench-engine   the engine against its peers, speed and quality
 #   make clean     removes .venv and the caches of the tools (the models in .cache stay)
-#   ARGS="..." goes to the program behind up, soak and bench; PYTHON=... names the interpreter.
+#   ARGS="..." goes to the program behind up, soak and both benches; PYTHON=... names the interpreter.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help up test lint soak bench clean
+.PHONY: help up test lint soak bench bench-engine clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 help:
-	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST)) | head -7
+	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST)) | head -8
 
 up: $(VENV)/installed-neuron
 	@exec $(BIN)/cortex up $(ARGS)
@@ -40,6 +41,9 @@ soak: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python tests/bench/gateway/run.py $(ARGS)
+
+bench-engine: $(VENV)/installed-peers
+	$(BIN)/python tests/bench/engine/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
@@ -81,3 +85,8 @@ $(VENV)/installed-neuron: $(VENV)/torch pyproject.toml
 $(VENV)/installed-dev: $(VENV)/torch pyproject.toml
 	$(BIN)/python -m pip install -q -e '.[neuron,dev]'
 	@touch $(VENV)/installed-neuron $@
+
+# Other engines, for comparison alone; by exact version, so that figures of two days can be compared.
+$(VENV)/installed-peers: $(VENV)/installed-dev Makefile
+	$(BIN)/python -m pip install -q --only-binary :all: xllamacpp==2026.10.11549 mistralrs==0.9.5
+	@touch $@

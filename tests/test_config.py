@@ -86,6 +86,36 @@ def test_the_environment_wins(write):
     assert load_neuron(None, {"NEURON_HARNESS__TORCH__THREADS": "3"}).harness.torch.threads == 3
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[admission]\nmax_running = 0", ["admission.max_running", ">= 1"]),
+        ("[admission]\nmax_waiting = -1", ["admission.max_waiting", ">= 0"]),
+        ("[admission]\nmax_wait_s = -0.5", ["admission.max_wait_s", ">= 0"]),
+        ("[admission]\nmax_per_caller = 1.5", ["admission.max_per_caller", "`int`"]),
+        ("[prefix_cache]\nenabled = 1", ["prefix_cache.enabled", "`bool`"]),
+        ("[prefix_cache]\nenable = true", ["prefix_cache.enable", "'enabled'"]),
+    ],
+)
+def test_a_bound_that_makes_no_sense_is_refused(write, text, told):
+    with pytest.raises(ConfigError) as refused:
+        load_neuron(write(text, "neuron.toml"), {})
+    for part in told:
+        assert part in str(refused.value)
+
+
+def test_what_a_model_may_do_is_read_and_has_defaults(write):
+    text = "[admission]\nmax_running = 3\nmax_wait_s = 0\nmax_per_caller = 2\n[prefix_cache]\nenabled = false"
+    config = load_neuron(write(text, "neuron.toml"), {})
+    admission = config.admission
+    assert (admission.max_running, admission.max_waiting) == (3, 32)
+    assert (admission.max_wait_s, admission.max_per_caller) == (0, 2)
+    assert not config.prefix_cache.enabled
+    standard = NeuronConfig()
+    assert (standard.admission.max_running, standard.admission.max_wait_s) == (8, 120)
+    assert standard.prefix_cache.enabled
+
+
 def test_a_misspelt_variable_is_refused_and_a_strangers_is_not():
     with pytest.raises(ConfigError, match=r"CORTEX_GATEWAY__LISEN: .*'listen'"):
         load_gateway(None, {"CORTEX_GATEWAY__LISEN": "x"})

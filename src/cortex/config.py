@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Final, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -108,6 +108,8 @@ class DefaultModel(_Section, frozen=True, kw_only=True):
 class TorchSection(_Section, frozen=True, kw_only=True):
     dtype: str | None = None
     threads: int | None = None
+    cuda_paged: bool = False
+    cuda_graphs: bool = False
 
 
 class HarnessSection(_Section, frozen=True, kw_only=True):
@@ -115,7 +117,14 @@ class HarnessSection(_Section, frozen=True, kw_only=True):
 
 
 class AdmissionSection(_Section, frozen=True, kw_only=True):
-    max_waiting: int = 32
+    max_running: Annotated[int, msgspec.Meta(ge=1)] = 8
+    max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 32
+    max_wait_s: Annotated[float, msgspec.Meta(ge=0)] = 120.0
+    max_per_caller: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class PrefixCacheSection(_Section, frozen=True, kw_only=True):
+    enabled: bool = True
 
 
 class NeuronConfig(_Section, frozen=True, kw_only=True):
@@ -130,6 +139,7 @@ class NeuronConfig(_Section, frozen=True, kw_only=True):
     default_models: tuple[DefaultModel, ...] = ()
     harness: HarnessSection = HarnessSection()
     admission: AdmissionSection = AdmissionSection()
+    prefix_cache: PrefixCacheSection = PrefixCacheSection()
 
 
 C = TypeVar("C", bound=_Section)

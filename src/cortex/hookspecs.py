@@ -222,15 +222,37 @@ class Observer(Protocol):
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off."""
+    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+
+    Logits go through `logit_bias`, then the three penalties, then temperature, top_k, top_p and min_p.
+    """
 
     max_tokens: int
+    reserve: int | None = None
+    """Tokens of the reply for which cache is set aside before the sequence starts; None for all of
+    `max_tokens`. A sequence may outgrow a smaller reserve, and may then be preempted and resumed."""
+    min_tokens: int = 0
+    """Until so many are generated, no stop id is chosen."""
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of every token in prompt and reply; 1 is off."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the reply holds."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token for each time that the reply holds it."""
+    logit_bias: Mapping[int, float] = {}
+    """Added to the logits of these ids."""
+    logprobs: int | None = None
+    """None for no log probabilities; else those of each token and of so many likeliest ones."""
     seed: int | None = None
     stop_ids: tuple[int, ...] = ()
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
@@ -240,6 +262,7 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 class EngineTimings(msgspec.Struct, frozen=True, kw_only=True):
@@ -250,6 +273,15 @@ class EngineTimings(msgspec.Struct, frozen=True, kw_only=True):
     decode_ms: float = 0.0
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """The natural log probability of a generated token in the model's own distribution, before any
+    setting of `Sampling` has changed it; `top` are the likeliest ids with theirs, likeliest first."""
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 class TokenBatch(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of one sequence; a stop id that ended it is not among them."""
 
@@ -257,6 +289,29 @@ class TokenBatch(msgspec.Struct, frozen=True, kw_only=True):
     finish: Literal["stop", "length"] | None = None
     timings: EngineTimings | None = None
     """On the last batch."""
+    cached_tokens: int | None = None
+    """On the first batch: prompt tokens that were not computed, because the prefix cache had them."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of `ids`, where `Sampling.logprobs` asked for them."""
+
+
+class EngineStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step of an engine did, for metrics. Counts are of this step alone; `running`, `waiting`
+    and the cache's figures are how it stands after the step."""
+
+    seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    cache_used_tokens: int = 0
+    """Held by running sequences."""
+    cache_total_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    """Prompt tokens of the sequences that were started in this step."""
+    prefix_hit_tokens: int = 0
+    """Those of them that the prefix cache had."""
+    preemptions: int = 0
 
 
 class TokenEngine(Protocol):
@@ -293,6 +348,9 @@ class Codec(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered prompt: special tokens in the text count, none are added."""
 
+    def token_bytes(self, id: int) -> bytes:
+        """What one id spells, a special token its name; b"" for an id that is no token."""
+
     def detokenizer(self) -> Detokenizer: ...
 
 
@@ -309,6 +367,11 @@ class LoadOrder(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int | None = None
     """Budget per device for weights, cache and process; None lets the factory propose one."""
     threads: int = 1
+    max_running: int = 8
+    """Sequences that run at a time; more of them wait."""
+    max_wait_s: float | None = None
+    """A sequence that has not started after so long fails with Busy; None for no limit."""
+    prefix_cache: bool = True
     options: Mapping[str, Any] = {}
 
 
@@ -332,6 +395,12 @@ class LoadedModel(Protocol):
 
     @property
     def codec(self) -> Codec: ...
+
+    def watch(self, seen: Callable[[EngineStep], None]) -> None:
+        """Call `seen` after every step from now on; an engine without steps never does."""
+
+    def set_threads(self, threads: int) -> None:
+        """From the next step on, compute with at most so many CPU threads; a hint."""
 
     async def died(self) -> str:
         """Waits until the engine has ended by itself and tells why."""

@@ -14,6 +14,7 @@ from cortex.gateway.metrics import DEVICE_READINGS, GatewayMetrics
 from cortex.neuron.metrics import NeuronMetrics
 from cortex.neuron.text import sampling
 from cortex.plugins import load_engine_plugins, load_gateway_plugins
+from cortex.testing.scripted import ByteCodec
 from cortex.wire import chat, errors
 from cortex.wire.node import ModelLoad
 from house import code, documents, nothing_in
@@ -181,20 +182,14 @@ def test_every_metric_of_the_neuron_stands_with_its_type_and_labels() -> None:
     metrics.generated("m", 3, 0.2)
     metrics.refused("busy")
     metrics.loaded("m", 1.0)
-    body, _ = metrics.render([ModelLoad(id="m")], "text/plain")
+    metrics.step("m", hookspecs.EngineStep())
+    body, _ = metrics.render([ModelLoad(id="m", cache_usage_ratio=0.0)], "text/plain")
     assert told_metrics("Neuron") == code.exposition(body.decode())
 
 
 # --- parameters of a chat completion --------------------------------------------------------------
 
 NEUTRAL_AND_NOT = {
-    "n": (1, 2),
-    "presence_penalty": (0, 0.5),
-    "frequency_penalty": (0, 0.5),
-    "repetition_penalty": (1, 1.1),
-    "logit_bias": ({}, {"5": 1.0}),
-    "logprobs": (False, True),
-    "top_logprobs": (0, 3),
     "response_format": ({"type": "text"}, {"type": "json_object"}),
 }
 SAMPLED = {
@@ -205,6 +200,14 @@ SAMPLED = {
     "top_k": 5,
     "min_p": 0.1,
     "seed": 3,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.1,
+    "logit_bias": {"5": 1.0},
+    "logprobs": True,
+    "top_logprobs": 3,
+    "min_tokens": 4,
+    "ignore_eos": True,
 }
 
 
@@ -235,9 +238,9 @@ def test_a_parameter_that_is_called_refused_is_refused_by_name(name: str) -> Non
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_sampling_parameter_that_is_called_honoured_has_an_effect(name: str) -> None:
     assert chat_parameters()[name] == "honoured"
-    defaults = hookspecs.SamplingDefaults()
-    plain = sampling.sampling(request_with(), defaults, ())
-    assert sampling.sampling(request_with(**{name: SAMPLED[name]}), defaults, ()) != plain
+    needed = {"logprobs": True} if name == "top_logprobs" else {}
+    plain = sampling.sampling(request_with(**needed), ByteCodec())
+    assert sampling.sampling(request_with(**{**needed, name: SAMPLED[name]}), ByteCodec()) != plain
 
 
 # --- dependencies and modules ---------------------------------------------------------------------

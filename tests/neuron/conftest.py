@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,12 @@ class ScriptedNode:
         health = (await self.client.get("/health")).json()
         assert health["requests"] == []
         assert all(load["in_flight"] == load["queue_depth"] == 0 for load in health["models"])
+
+
+@pytest.fixture
+def make_node(tmp_path: Path) -> Callable[..., ScriptedNode]:
+    """For a node with a configuration of its own, which the test starts and stops."""
+    return functools.partial(ScriptedNode, tmp_path)
 
 
 @pytest.fixture

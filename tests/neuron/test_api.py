@@ -55,7 +55,8 @@ async def test_health_shows_devices_ledger_and_load(node: Any) -> None:
     assert [(grant.model_id, grant.device, grant.bytes) for grant in health.ledger] == [
         ("m", "cpu", 100 * 2**20)
     ]
-    assert [(load.id, load.max_in_flight, load.max_queue_depth) for load in health.models] == [("m", 1, 32)]
+    assert [(load.id, load.max_in_flight, load.max_queue_depth) for load in health.models] == [("m", 8, 32)]
+    assert health.failed == []
 
 
 # --- models ---

@@ -14,6 +14,7 @@ from cortex.config import (
     DefaultModel,
     HarnessSection,
     NeuronConfig,
+    PrefixCacheSection,
     TorchSection,
 )
 from cortex.neuron.app import build_neuron
@@ -98,7 +99,7 @@ async def test_the_configuration_reaches_its_parts(tmp_path: Path) -> None:
         node_token="secret",
         body_limit_mb=1,
         memory_limit_mb=200,
-        admission=AdmissionSection(max_waiting=3),
+        admission=AdmissionSection(max_running=2, max_waiting=3),
     )
     neuron = build_neuron(config, factories={"scripted": ScriptedFactory()}, hardware=hardware())
     client = AsgiClient(neuron.app, headers={"authorization": "Bearer secret"})
@@ -108,6 +109,27 @@ async def test_the_configuration_reaches_its_parts(tmp_path: Path) -> None:
     assert (reply.status, reply.json()["error"]["param"]) == (403, "source")
     assert (await client.post("/models/load", body=b"x" * (2**20 + 1))).status == 413
     assert (await AsgiClient(neuron.app).get("/models")).status == 401
+    await neuron.stop()
+
+
+@pytest.mark.parametrize(("seconds", "limit"), [(0.0, None), (2.5, 2.5)])
+async def test_the_engine_is_told_what_a_model_may_do(
+    tmp_path: Path, seconds: float, limit: float | None
+) -> None:
+    (tmp_path / "m.gguf").touch()
+    config = NeuronConfig(
+        models_dir=str(tmp_path),
+        admission=AdmissionSection(max_running=2, max_waiting=1, max_wait_s=seconds, max_per_caller=2),
+        prefix_cache=PrefixCacheSection(enabled=False),
+    )
+    factory = ScriptedFactory()
+    neuron = build_neuron(config, factories={"scripted": factory}, hardware=hardware())
+    client = AsgiClient(neuron.app)
+    assert (await client.post("/models/load", json={"model_id": "m"})).status == 200
+    (load,) = (await client.get("/health")).json()["models"]
+    assert (load["max_in_flight"], load["max_queue_depth"]) == (2, 1)
+    order = factory.models[0].plan.order
+    assert (order.max_running, order.max_wait_s, order.prefix_cache) == (2, limit, False)
     await neuron.stop()
 
 

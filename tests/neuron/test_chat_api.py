@@ -98,6 +98,61 @@ async def test_an_error_after_the_first_token_ends_the_stream_in_its_shape(node:
     await node.nothing_left()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_several_choices_are_one_request(node: Any, stream: bool) -> None:
+    engine = await node.load()
+    reply = await node.chat(stream=stream, n=3)
+    assert reply.status == 200
+    if stream:
+        chunks = chunks_of(reply.body)
+        assert sorted(c.choices[0].index for c in chunks if c.choices[0].finish_reason) == [0, 1, 2]
+    else:
+        choices = msgspec.json.decode(reply.body, type=ChatCompletion).choices
+        assert [choice.message.content for choice in choices] == ["Hello there."] * 3
+    prompt, said = len(engine.prompts[0][1]), 3 * len("Hello there.")
+    assert await node.sample('neuron_prompt_tokens_total{model="m"}') == str(prompt)
+    assert await node.sample('neuron_generation_tokens_total{model="m"}') == str(said)
+    assert await node.sample(TTFT.format("count")) == "1.0"
+    assert len(engine.finished) == 3
+    await node.nothing_left()
+
+
+@pytest.mark.parametrize("n", [0, 17, 10**9])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_too_many_choices_are_400_however_many(node: Any, n: int, stream: bool) -> None:
+    engine = await node.load()
+    reply = await node.chat(stream=stream, n=n)
+    assert (reply.status, reply.json()["error"]["param"]) == (400, "n")
+    assert engine.prompts == []
+    await node.nothing_left()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_stops_every_choice(node: Any, stream: bool) -> None:
+    engine = await node.load()
+    gate = asyncio.Semaphore(5)
+    engine.before_step = lambda request_id, number: gate.acquire()
+    async with node.ask(stream=stream, n=3) as exchange:
+        await engine.until(lambda: engine.steps == 5 and len(engine.waiting) == 3)
+        exchange.disconnect()
+        await engine.until(lambda: len(engine.cancelled) == 3)
+        assert engine.steps == 5
+    await node.nothing_left()
+    assert engine.running == []
+
+
+async def test_log_probabilities_reach_the_client(node: Any) -> None:
+    await node.load()
+    reply = await node.chat(logprobs=True, top_logprobs=2)
+    (choice,) = reply.json()["choices"]
+    assert "".join(entry["token"] for entry in choice["logprobs"]["content"]) == "Hello there."
+    assert choice["logprobs"]["content"][0]["top_logprobs"][1] == {
+        "token": "I",
+        "logprob": -1.5,
+        "bytes": [73],
+    }
+
+
 async def test_a_model_that_is_not_loaded_is_404_and_tells_what_is(node: Any) -> None:
     await node.load("n")
     for stream in (True, False):
@@ -111,9 +166,9 @@ async def test_a_full_line_is_503_with_the_numbers(tmp_path: Any, node: Any) -> 
     engine = await node.load()
     gate = asyncio.Event()
     engine.before_step = lambda request_id, step: gate.wait()
-    waiting = [asyncio.create_task(node.chat()) for _ in range(33)]
-    await engine.until(lambda: len(engine.waiting) == 33)
-    assert await node.sample('neuron_requests_running{model="m"}') == "1"
+    waiting = [asyncio.create_task(node.chat()) for _ in range(40)]
+    await engine.until(lambda: len(engine.waiting) == 40)
+    assert await node.sample('neuron_requests_running{model="m"}') == "8"
     assert await node.sample('neuron_requests_waiting{model="m"}') == "32"
     reply = await node.chat()
     assert (reply.status, reply.json()["error"]["max_waiting"]) == (503, 32)

@@ -7,7 +7,7 @@ import pytest
 
 from cortex.neuron.loading import Loader
 from cortex.neuron.memory import Ledger
-from cortex.testing.scripted import ScriptedFactory
+from cortex.testing.scripted import ScriptedFactory, ScriptedModel
 from cortex.wire.errors import BadRequest, CortexError, LoadFailed
 from cortex.wire.node import LoadRequest, Progress
 
@@ -106,6 +106,29 @@ async def test_threads_are_divided_among_the_models() -> None:
         served = await bench.loader.load(LoadRequest(model_id=name), ignore)
         threads.append(served.plan.order.threads)
     assert threads == [4, 2, 1, 1, 1]
+
+
+async def test_threads_are_divided_anew_whenever_a_model_comes_or_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: dict[str, int] = {}
+
+    def set_threads(model: ScriptedModel, count: int) -> None:
+        threads[model.plan.order.model_id] = count
+
+    monkeypatch.setattr(ScriptedModel, "set_threads", set_threads, raising=False)
+    bench = Bench({"cpu": 1000}, threads=5)
+    served = {}
+    for name in ("a", "b", "c"):
+        served[name] = await bench.loader.load(LoadRequest(model_id=name), ignore)
+    assert threads == {"a": 2, "b": 2, "c": 1}
+    await bench.loader.close(served["a"])
+    assert (threads["b"], threads["c"]) == (3, 2)
+    await bench.loader.close(served["b"])
+    assert threads["c"] == 5
+    for name in ("d", "e", "f", "g", "h"):
+        await bench.loader.load(LoadRequest(model_id=name), ignore)
+    assert {threads[name] for name in "cdefgh"} == {1}, "nobody is left without one"
 
 
 async def test_a_failed_load_gives_its_grant_back() -> None:

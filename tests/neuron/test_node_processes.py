@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from cortex.config import HarnessSection, NeuronConfig, TorchSection
+from cortex.config import AdmissionSection, HarnessSection, NeuronConfig, TorchSection
 from cortex.neuron.app import Neuron, build_neuron
 from cortex.neuron.torch_engine import TorchFactory
 from cortex.testing import AsgiClient, AsgiReply
@@ -37,11 +38,12 @@ class LastingFactory(TorchFactory):
 class RealNode:
     """A node in this process, its workers in theirs."""
 
-    def __init__(self, models_dir: Path) -> None:
+    def __init__(self, models_dir: Path, **more: Any) -> None:
         config = NeuronConfig(
             models_dir=str(models_dir),
             memory_limit_mb=BUDGET_MB,
             harness=HarnessSection(torch=TorchSection(threads=1)),
+            **more,
         )
         self.neuron: Neuron = build_neuron(config, factories={"torch": LastingFactory()})
         self.client = AsgiClient(self.neuron.app)
@@ -68,6 +70,16 @@ class RealNode:
         reports = (await self.client.get("/models")).json()
         return str({report["id"]: report["status"] for report in reports}.get(model_id))
 
+    async def report(self, model_id: str = "tiny") -> Any:
+        (report,) = [one for one in (await self.client.get("/models")).json() if one["id"] == model_id]
+        return report
+
+    async def health(self, model_id: str = "tiny") -> Any:
+        """What /health says of a loaded model."""
+        models = (await self.client.get("/health")).json()["models"]
+        (found,) = [one for one in models if one["id"] == model_id]
+        return found
+
     async def until_status(self, status: str) -> None:
         async with asyncio.timeout(10):
             while await self.status() != status:
@@ -91,8 +103,9 @@ def warm() -> Iterator[None]:
 
 
 @pytest.fixture
-async def node(models_dir: Path) -> AsyncIterator[RealNode]:
-    node = RealNode(models_dir)
+async def node(models_dir: Path, request: pytest.FixtureRequest) -> AsyncIterator[RealNode]:
+    """With `tiny` loaded; a test may add to its configuration with `indirect` parameters."""
+    node = RealNode(models_dir, **getattr(request, "param", {}))
     await node.neuron.start()
     assert (await node.load()).status == 200
     yield node
@@ -108,11 +121,11 @@ async def test_a_loaded_model_answers_and_unloading_ends_its_process(node: RealN
     assert reply["usage"]["completion_tokens"] == 5
     assert reply["choices"][0]["finish_reason"] == "length"
     assert reply["timings"]["prefill_ms"] > 0
-    assert await node.chat() | {"id": 0, "created": 0, "timings": 0} == reply | {
-        "id": 0,
-        "created": 0,
-        "timings": 0,
-    }
+    again = await node.chat()
+    assert (again["choices"], again["model"]) == (reply["choices"], reply["model"])
+    cached = [one["usage"].pop("prompt_tokens_details")["cached_tokens"] for one in (reply, again)]
+    assert again["usage"] == reply["usage"]
+    assert cached == [0, reply["usage"]["prompt_tokens"] - 1], "all but the last token, which is computed"
     await node.unload()
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
     assert await node.status() == "unloaded"
@@ -211,6 +224,125 @@ async def test_a_client_that_leaves_frees_the_engine_at_once(
         exchange.disconnect()
     assert (await node.client.get("/health")).json()["requests"] == []
     assert (await node.chat())["timings"]["queue_ms"] < 500
+
+
+ONE_AT_A_TIME = {"admission": AdmissionSection(max_running=1)}
+
+
+@pytest.mark.parametrize("node", [ONE_AT_A_TIME], indirect=True)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_the_line_is_in_it_no_more(node: RealNode, stream: bool) -> None:
+    async with node.ask(stream=True, max_tokens=8000) as running:
+        await running.chunk()
+        async with node.ask(stream=stream) as waiting, node.ask("next", max_tokens=5) as last:
+            while (await node.health())["queue_depth"] < 2:
+                await asyncio.sleep(0.005)
+            waiting.disconnect()
+            await waiting.ended()
+            async with asyncio.timeout(5):  # what is said of the line is as old as the last step
+                while (await node.health())["queue_depth"] > 1:
+                    await asyncio.sleep(0.001)
+            running.disconnect()
+            await running.ended()
+            reply = (await last.reply()).json()
+    assert reply["usage"]["completion_tokens"] == 5
+    health = await node.health()
+    assert (health["in_flight"], health["queue_depth"], health["cache_usage_ratio"]) == (0, 0, 0.0)
+
+
+async def test_eight_at_once_are_answered_as_each_alone(node: RealNode) -> None:
+    def said(reply: Any) -> Any:
+        return reply["choices"], reply["usage"]["completion_tokens"]
+
+    questions = [f"{index}: " + "once upon a time " * (4 * index) for index in range(8)]
+    options: list[dict[str, Any]] = [{}, {"temperature": 1, "seed": 3}, {"frequency_penalty": 1}, {"n": 1}]
+    asked = [(question, {"max_tokens": 30, **options[index % 4]}) for index, question in enumerate(questions)]
+    alone = [said(await node.chat(question, **more)) for question, more in asked]
+    together = await asyncio.gather(*(node.chat(question, **more) for question, more in asked))
+    assert [said(reply) for reply in together] == alone
+    assert together[7]["usage"]["prompt_tokens_details"]["cached_tokens"] > 400
+
+
+async def test_a_worker_killed_under_load_fails_every_request_clearly(node: RealNode) -> None:
+    """Eight run, half of them streams, and two wait."""
+    (worker,) = workers()
+    exchanges = [node.ask(f"{index}", stream=index % 2 == 0, max_tokens=8000) for index in range(10)]
+    for index in (0, 2, 4, 6):
+        await exchanges[index].chunk()
+    worker.kill()
+    replies = await asyncio.gather(*(exchange.reply() for exchange in exchanges))
+    for index, reply in enumerate(replies):
+        assert b"engine_ended" in reply.body
+        assert b"SIGKILL" in reply.body
+        if index in (0, 2, 4, 6):
+            assert reply.body.count(b"[DONE]") == 1
+        else:
+            assert (reply.status, reply.json()["error"]["code"]) == (503, "engine_ended")
+    for exchange in exchanges:
+        await exchange.ended()
+    assert await node.status() == "failed"
+    await node.chat()
+    assert [other.pid for other in workers()] != [worker.pid]
+
+
+async def test_weights_that_are_not_numbers_are_reported_and_not_tried_again_at_once(
+    node: RealNode, models_dir: Path
+) -> None:
+    spoilt = models_dir / "spoilt"
+    shutil.copytree(models_dir / "tiny", spoilt)
+    try:
+        weights = load_file(spoilt / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"][:, 3] = float("nan")
+        save_file(weights, spoilt / "model.safetensors")
+        assert (await node.load("spoilt", source="spoilt")).status == 200
+        for _ in range(2):  # the first death of a model that ran is forgiven
+            async with node.ask(model="spoilt") as exchange:
+                reply = await exchange.reply()
+            assert reply.status == 500
+            assert "values that are not numbers" in reply.json()["error"]["message"]
+            async with asyncio.timeout(10):
+                while (await node.report("spoilt"))["status"] != "failed":
+                    await asyncio.sleep(0.005)
+            servable = (await node.report("spoilt"))["servable"]
+            assert (servable["ok"], servable["reason"]) == (False, "failed")
+            assert "the weights may be damaged" in servable["detail"]
+        async with node.ask(model="spoilt") as exchange:
+            reply = await exchange.reply()
+        assert (reply.status, reply.json()["error"]["code"]) == (503, "load_failed")
+        assert "retry-after" in reply.headers
+        await node.unload("spoilt")
+    finally:
+        shutil.rmtree(spoilt)
+    await node.chat()
+    assert len(workers()) == 1
+
+
+async def test_a_client_that_stops_reading_slows_down_nobody_but_itself(node: RealNode) -> None:
+    whole = await node.chat("slow", max_tokens=400)
+    async with node.ask("slow", stream=True, max_tokens=400) as slow:
+        await slow.chunk()
+        slow.stall()
+        others = await asyncio.gather(*(node.chat(f"{index}", max_tokens=300) for index in range(6)))
+        assert [other["usage"]["completion_tokens"] for other in others] == [300] * 6
+        assert not slow.done
+        slow.resume()
+        body = (await slow.reply()).body
+    text = "".join(
+        msgspec.json.decode(line[6:])["choices"][0]["delta"].get("content", "")
+        for line in body.splitlines()
+        if line.startswith(b"data: {") and b'"content"' in line
+    )
+    assert whole["choices"][0]["message"]["content"].endswith(text)
+    assert body.endswith(b"[DONE]\n\n")
+
+
+async def test_the_threads_of_a_node_are_divided_among_its_models_while_they_work(node: RealNode) -> None:
+    """What each gets is `loading`'s business; here, that a worker takes the order in its stride."""
+    async with node.ask(stream=True, max_tokens=600) as exchange:
+        await exchange.chunk()
+        assert (await node.load("second")).status == 200
+        await node.unload("second")
+        assert (await exchange.reply()).body.endswith(b"[DONE]\n\n")
 
 
 async def test_twenty_loads_leave_no_memory_behind(node: RealNode) -> None:

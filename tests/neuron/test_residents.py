@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cortex.hookspecs import LoadOrder, LoadPlan
+from cortex.hookspecs import EngineStep, LoadOrder, LoadPlan
 from cortex.neuron.activation import Activator
+from cortex.neuron.admission import Admission
 from cortex.neuron.loading import Loader
 from cortex.neuron.memory import Ledger
 from cortex.neuron.residents import Residents
@@ -19,6 +20,7 @@ from cortex.wire.errors import (
     Conflict,
     LoadFailed,
     NoCapacity,
+    OverLimit,
     UnknownModel,
 )
 from cortex.wire.node import LoadRequest, Progress
@@ -29,7 +31,7 @@ MIB = 2**20
 class Node:
     """Residents over scripted engines, with a gate in the middle of every load."""
 
-    def __init__(self, *, budget_mb: int = 100, defaults: tuple[str, ...] = (), max_waiting: int = 8) -> None:
+    def __init__(self, *, budget_mb: int = 100, defaults: tuple[str, ...] = (), **admission: int) -> None:
         self.clock = ManualClock()
         self.engines: dict[str, ScriptedEngine] = {}
         self.factory = ScriptedFactory(self.make_engine)
@@ -37,6 +39,7 @@ class Node:
         self.gate.set()
         self.factory.before_load = lambda plan: self.gate.wait()
         self.located: list[str] = []
+        self.steps: list[tuple[str, EngineStep]] = []
         self.missing: set[str] = set()
         self.ledger = Ledger({"cpu": budget_mb * MIB})
         self.loader = Loader(
@@ -50,7 +53,8 @@ class Node:
         self.residents = Residents(
             self.loader,
             defaults=[LoadRequest(model_id=model_id, source=f"of {model_id}") for model_id in defaults],
-            max_waiting=max_waiting,
+            admission=lambda: Admission(**admission),
+            on_step=lambda model_id, step: self.steps.append((model_id, step)),
             clock=self.clock,
             wall=lambda: self.clock.now + 1e9,
         )
@@ -264,6 +268,8 @@ async def test_a_death_is_shown_and_mended_by_the_next_request(node: Node) -> No
     assert report is not None
     assert (report.status, report.servable.reason) == ("failed", "failed")
     assert report.servable.detail == "Its engine was killed by SIGKILL."
+    (failed,) = node.residents.failed()
+    assert (failed.id, failed.detail, failed.retry_in_s) == ("m", report.servable.detail, 0)
     assert not node.ledger.grants
     async with node.residents.lease("m", "r") as served:
         assert served.model is node.factory.models[1]
@@ -281,6 +287,7 @@ async def test_a_model_that_keeps_dying_rests_longer_each_time(node: Node) -> No
             async with node.residents.lease("m", "r"):
                 pass
         assert refusal.value.retry_after == rest
+        assert [failed.retry_in_s for failed in node.residents.failed()] == [rest]
         await node.clock.advance(rest)
         async with node.residents.lease("m", "r"):
             pass
@@ -334,7 +341,7 @@ async def test_a_request_waits_for_a_load_and_ends_it_when_it_leaves_alone(node:
 
 
 async def test_leases_are_counted_and_bounded() -> None:
-    node = Node(max_waiting=1)
+    node = Node(max_running=1, max_waiting=1)
     await node.residents.ensure(request())
     async with node.residents.lease("m", "r1"), node.residents.lease("m", "r2"):
         (load,) = node.residents.loads()
@@ -349,6 +356,60 @@ async def test_leases_are_counted_and_bounded() -> None:
     assert (report.in_flight, report.last_used) == (0, 1e9 + 1005)
     assert node.residents.requests() == []
     await node.residents.stop()
+
+
+async def test_a_caller_has_its_own_bound_at_each_model() -> None:
+    node = Node(max_per_caller=2, budget_mb=200)
+    await node.residents.ensure(request("m"))
+    await node.residents.ensure(request("n"))
+    async with node.residents.lease("m", "r1", caller="ann", places=2):
+        with pytest.raises(OverLimit, match="2 requests in flight at m"):
+            async with node.residents.lease("m", "r2", caller="ann"):
+                pass
+        async with (
+            node.residents.lease("n", "r3", caller="ann"),
+            node.residents.lease("m", "r4", caller="ben"),
+        ):
+            assert [load.in_flight for load in node.residents.loads()] == [3, 1]
+    async with node.residents.lease("m", "r5", caller="ann"):
+        pass
+    await node.residents.stop()
+
+
+async def test_the_engine_tells_who_waits_as_long_as_it_makes_steps() -> None:
+    node = Node(max_running=2)
+    await node.residents.ensure(request())
+    (model,) = node.factory.models
+
+    def load() -> tuple[int, int, float | None]:
+        (found,) = node.residents.loads()
+        return found.in_flight, found.queue_depth, found.cache_usage_ratio
+
+    async with node.residents.lease("m", "r1", places=3):
+        assert load() == (2, 1, None), "counted, until the engine has told"
+        step = EngineStep(running=1, waiting=2, cache_used_tokens=3, cache_total_tokens=4)
+        model.report_step(step)
+        assert load() == (1, 2, 0.75), "the cache has no room for a second one"
+        model.report_step(EngineStep(running=0, waiting=0, cache_total_tokens=4))
+        assert load() == (2, 1, 0), "not started yet, or on its way out"
+        model.report_step(EngineStep(running=1, waiting=5))
+    assert load() == (0, 0, None), "no more than are there, whatever was said last"
+    assert node.steps[0] == ("m", step)
+    await node.residents.stop()
+
+
+async def test_a_new_engine_does_not_inherit_the_steps_of_the_last_one(node: Node) -> None:
+    await node.residents.ensure(request())
+    gone = node.factory.models[0]
+    step = EngineStep(running=1, waiting=1, cache_used_tokens=1, cache_total_tokens=1)
+    gone.report_step(step)
+    await node.die("m")
+    gone.report_step(step)
+    async with node.residents.lease("m", "r"):
+        gone.report_step(step)
+        (load,) = node.residents.loads()
+    assert (load.in_flight, load.cache_usage_ratio) == (1, None)
+    assert len(node.steps) == 1
 
 
 async def test_a_model_comes_back_as_it_was_loaded(node: Node) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cortex.hookspecs import LoadedModel, LoadOrder, LoadPlan
+from cortex.neuron.admission import Admission
 from cortex.neuron.loading import Loader
 from cortex.neuron.memory import Ledger
 from cortex.neuron.resident import TRANSITIONS
@@ -130,7 +131,7 @@ class ResidentsMachine(RuleBasedStateMachine):
         self.residents = Residents(
             loader,
             defaults=[LoadRequest(model_id="a")],
-            max_waiting=1,
+            admission=lambda: Admission(max_running=1, max_waiting=1),
             clock=self.clock,
             wall=self.clock,
         )
@@ -292,6 +293,12 @@ class ResidentsMachine(RuleBasedStateMachine):
         for model in MODELS:
             if self.drains(model) and self.factory.alive[model].closing is None:
                 assert model in [held.plan.order.model_id for held in self.held.values()]
+
+    @invariant()
+    def failures_are_listed_with_their_reason(self) -> None:
+        failed = {failure.id: failure for failure in self.residents.failed()}
+        assert set(failed) == {report.id for report in self.residents.reports() if report.status == "failed"}
+        assert all(failure.detail and 0 <= failure.retry_in_s <= 60 for failure in failed.values())
 
     @invariant()
     def in_flight_is_who_is_there(self) -> None:

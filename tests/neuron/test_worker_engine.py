@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from cortex.hookspecs import EngineTimings, Sampling, TokenBatch
-from cortex.neuron.engine.messages import Cancel, Generate, Order, Output, Report, Step
+from cortex.hookspecs import EngineStep, EngineTimings, Sampling, TokenBatch, TokenLogprobs
+from cortex.neuron.engine.messages import Broken, Cancel, Generate, Order, Output, Report, Step, Threads
 from cortex.neuron.worker_engine import WorkerEngine
 from cortex.testing.clock import settle
-from cortex.wire.errors import Internal, Loading
+from cortex.wire.errors import Busy, Internal, Loading
 
 SAMPLING = Sampling(max_tokens=10)
 
@@ -181,3 +181,79 @@ async def test_a_worker_that_talks_nonsense_is_ended(engine: WorkerEngine, worke
 async def test_a_worker_that_hangs_up_but_stays_is_ended(engine: WorkerEngine, worker: FakeWorker) -> None:
     worker.mouth.put_nowait(None)
     assert await engine.died() == "was killed"
+
+
+async def test_an_engine_that_says_that_it_is_broken_is_told_with_its_reason(
+    engine: WorkerEngine, worker: FakeWorker
+) -> None:
+    task = asyncio.ensure_future(anext(engine.generate("r", [1], SAMPLING)))
+    await settle()
+    worker.say(Output(key=1, ids=[], error="The model ran out of memory in a step."))
+    worker.mouth.put_nowait(Broken(reason="ran out of memory in a step"))
+    worker.die("ended by itself")
+    with pytest.raises(Internal, match="ran out of memory"):
+        await task
+    assert await engine.died() == "ran out of memory in a step, and ended by itself"
+    with pytest.raises(Loading, match="engine of m ran out of memory in a step, and ended by itself"):
+        await anext(engine.generate("late", [1], SAMPLING))
+
+
+async def test_a_sequence_that_waited_in_vain_is_busy_and_may_come_again(
+    engine: WorkerEngine, worker: FakeWorker
+) -> None:
+    task = asyncio.ensure_future(anext(engine.generate("r", [1], SAMPLING)))
+    await settle()
+    worker.say(Output(key=1, ids=[], error="it waited 5 s and could not start", code="busy"))
+    with pytest.raises(Busy, match="no room for this request: it waited 5 s") as refusal:
+        await task
+    assert refusal.value.retry_after == 10
+
+
+async def test_what_was_cached_and_what_was_asked_about_tokens_survive_joining(
+    engine: WorkerEngine, worker: FakeWorker
+) -> None:
+    told = [TokenLogprobs(id, -0.5, [(id, -0.5)]) for id in (1, 2)]
+    batches = engine.generate("r", [1], SAMPLING)
+    first = asyncio.ensure_future(anext(batches))
+    await settle()
+    worker.say(Output(key=1, ids=[1], cached_tokens=64, logprobs=told[:1]))
+    worker.say(Output(key=1, ids=[2], logprobs=told[1:]))
+    assert await first == TokenBatch(ids=[1, 2], cached_tokens=64, logprobs=told)
+    worker.say(Output(key=1, ids=[], finish="stop"))
+    assert await anext(batches) == TokenBatch(ids=[], finish="stop")
+    await batches.aclose()
+
+
+async def test_every_step_is_told_to_whoever_watches(engine: WorkerEngine, worker: FakeWorker) -> None:
+    seen: list[EngineStep] = []
+    worker.mouth.put_nowait(Step(outputs=[], done=EngineStep(seconds=1.0)))
+    await settle()
+    engine.watch(seen.append)
+    for report in (Step(outputs=[], done=EngineStep(seconds=2.0)), Step(outputs=[Output(key=9, ids=[])])):
+        worker.mouth.put_nowait(report)
+    await settle()
+    assert seen == [EngineStep(seconds=2.0)], "a refusal is no step, and what was before is over"
+
+
+async def test_threads_are_ordered_from_an_engine_that_runs(engine: WorkerEngine, worker: FakeWorker) -> None:
+    engine.set_threads(3)
+    assert worker.orders == [Threads(threads=3)]
+    worker.die("was killed by SIGKILL")
+    await engine.died()
+    engine.set_threads(2)
+    assert worker.orders == [Threads(threads=3)]
+
+
+async def test_a_reader_that_takes_nothing_holds_up_nobody(engine: WorkerEngine, worker: FakeWorker) -> None:
+    slow, quick = (engine.generate(name, [1], SAMPLING) for name in ("slow", "quick"))
+    tasks = [asyncio.ensure_future(anext(each)) for each in (slow, quick)]
+    await settle()
+    for id in range(50):
+        worker.say(Output(key=1, ids=[id]), Output(key=2, ids=[id]))
+        await settle()
+    assert (await tasks[1]).ids[0] == 0
+    worker.say(Output(key=1, ids=[50], finish="length"), Output(key=2, ids=[50], finish="length"))
+    await settle()
+    assert [batch.finish async for batch in quick] == ["length"]
+    assert (await tasks[0]).ids[0] == 0
+    assert [(batch.ids[-1], batch.finish) async for batch in slow] == [(50, "length")]

@@ -43,5 +43,11 @@ class Access:
         )
 
 
+def caller_of(request: Request) -> str | None:
+    """The name of the key that an admitted request came with, as its log line shows it."""
+    name = request.log.get("caller")
+    return name if isinstance(name, str) else None
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()

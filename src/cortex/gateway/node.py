@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Final
+from urllib.parse import quote
 
 import msgspec
 
 from cortex.web.client import Reply
 from cortex.web.pool import Pool
 from cortex.wire.errors import NodeLost, from_reply
-from cortex.wire.node import Discovery, Health, ModelReport, Version
+from cortex.wire.node import CALLER_HEADER, Discovery, Health, ModelReport, Version
 
 POLL_TIMEOUT_S: Final = 5.0
 MAX_REPORT: Final = 16 * 2**20
@@ -27,17 +28,26 @@ class NodeClient:
         self._chat_headers = [("content-type", "application/json"), *self._auth]
 
     async def chat(
-        self, body: bytes, request_id: str, *, idle_timeout: float, is_alive: Callable[[], bool]
+        self,
+        body: bytes,
+        request_id: str,
+        *,
+        caller: str | None,
+        idle_timeout: float,
+        is_alive: Callable[[], bool],
     ) -> Reply:
         """Asks for a completion. Returns the open reply of status 200; raises the refusal otherwise.
 
-        `is_alive` is asked when nothing has come for `idle_timeout` seconds: while it is true, silence
-        is work.
+        The node counts the request as one of `caller`, or where that is None as one of ours. `is_alive` is
+        asked when nothing has come for `idle_timeout` seconds: while it is true, silence is work.
         """
+        headers = [*self._chat_headers, ("x-request-id", request_id)]
+        if caller is not None:
+            headers.append((CALLER_HEADER, quote(caller)))
         reply = await self._pool.request(
             "POST",
             f"{self.endpoint}/v1/chat/completions",
-            headers=[*self._chat_headers, ("x-request-id", request_id)],
+            headers=headers,
             body=body,
             idle_timeout=idle_timeout,
             is_alive=is_alive,

@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from cortex.gateway.auth import caller_of
 from cortex.gateway.catalogue import Catalogue
 from cortex.gateway.fleet import Fleet, Node
 from cortex.gateway.observe import Account, Observers
@@ -118,12 +119,13 @@ class Serving:
         tried.add(node.name)
         return node
 
-    async def ask(self, node: Node, body: bytes, request_id: str) -> Reply:
+    async def ask(self, node: Node, body: bytes, request: Request) -> Reply:
         return await node.client.chat(
             body,
-            request_id,
+            request.id,
+            caller=caller_of(request),
             idle_timeout=self._idle_timeout,
-            is_alive=lambda: node.lists(request_id),
+            is_alive=lambda: node.lists(request.id),
         )
 
 
@@ -149,7 +151,7 @@ class Relay:
             node = self._next_node(refusal)
             try:
                 with self._serving.fleet.lease(node, self._call.served_model):
-                    async with await self._serving.ask(node, body, self._request.id) as reply:
+                    async with await self._serving.ask(node, body, self._request) as reply:
                         answer = await reply.read()
                 self._read_along(node, answer)
                 rendered = self._dialect.render(self._call, answer)
@@ -208,7 +210,7 @@ class Relay:
         decoder = sse.Decoder()
         ended = False
         with self._serving.fleet.lease(node, self._call.served_model):
-            reply = await self._serving.ask(node, body, self._request.id)
+            reply = await self._serving.ask(node, body, self._request)
             async with reply, aclosing(reply.chunks()) as chunks:
                 async for chunk in chunks:
                     out = []

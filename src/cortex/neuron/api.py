@@ -118,6 +118,7 @@ class NodeApi:
                 ledger=self._ledger.grants,
                 activation=self._activator.state,
                 models=self._residents.loads(),
+                failed=self._residents.failed(),
                 requests=self._residents.requests(),
             )
         )

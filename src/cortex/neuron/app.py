@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from cortex.hookspecs import EngineFactory
 from cortex.neuron import heap
 from cortex.neuron.access import node_guard
 from cortex.neuron.activation import Activator
+from cortex.neuron.admission import Admission
 from cortex.neuron.api import NodeApi
 from cortex.neuron.chat_api import ChatApi
 from cortex.neuron.hardware import CPU, Hardware
@@ -94,22 +96,19 @@ def build_neuron(
     """
     hardware = hardware or Hardware()
     engines = _torch_first(load_engines(config).engines) if factories is None else factories
-    references = _references(config)
     metrics = NeuronMetrics()
     ledger = _ledger(config, hardware)
-    loader = Loader(
-        factories=engines,
-        locate=references.locate,
-        ledger=ledger,
-        available=lambda: {uuid: reading.free_bytes for uuid, reading in hardware.read().items()},
-        devices=[device.uuid for device in hardware.devices],
-        threads=config.harness.torch.threads or hardware.cores,
-    )
     residents = Residents(
-        loader,
+        _loader(config, engines, ledger, hardware),
         defaults=_defaults(config),
-        max_waiting=config.admission.max_waiting,
+        admission=partial(
+            Admission,
+            max_running=config.admission.max_running,
+            max_waiting=config.admission.max_waiting,
+            max_per_caller=config.admission.max_per_caller,
+        ),
         on_loaded=metrics.loaded,
+        on_step=metrics.step,
         on_freed=heap.trim,
         clock=clock,
         wall=wall,
@@ -138,6 +137,22 @@ def build_neuron(
     return Neuron(app, residents, engines, lambda: {"monitor": monitor.run(), "activation": activator.run()})
 
 
+def _loader(
+    config: NeuronConfig, engines: Mapping[str, EngineFactory], ledger: Ledger, hardware: Hardware
+) -> Loader:
+    return Loader(
+        factories=engines,
+        locate=_references(config).locate,
+        ledger=ledger,
+        available=lambda: {uuid: reading.free_bytes for uuid, reading in hardware.read().items()},
+        devices=[device.uuid for device in hardware.devices],
+        threads=config.harness.torch.threads or hardware.cores,
+        max_running=config.admission.max_running,
+        max_wait_s=config.admission.max_wait_s or None,
+        prefix_cache=config.prefix_cache.enabled,
+    )
+
+
 def _references(config: NeuronConfig) -> References:
     models_dir = Path(config.models_dir).expanduser().absolute()
     try:
@@ -154,8 +169,10 @@ def load_engines(config: NeuronConfig) -> EnginePlugins:
     """The engines that plugins bring, and torch. Raises ConfigError, PluginError."""
     dtype = config.harness.torch.dtype
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"harness.torch.dtype: expected {' or '.join(DTYPES)}, got {dtype!r}.")
-    return load_engine_plugins(extra=[TorchFactory(dtype=dtype)])
+        raise ConfigError(f"harness.torch.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
+    torch = config.harness.torch
+    options = {"cuda_paged": torch.cuda_paged, "cuda_graphs": torch.cuda_graphs}
+    return load_engine_plugins(extra=[TorchFactory(dtype=dtype, options=options)])
 
 
 def _torch_first(engines: Mapping[str, EngineFactory]) -> dict[str, EngineFactory]:

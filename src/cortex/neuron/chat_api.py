@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Final
 
 import msgspec
@@ -16,11 +16,14 @@ from cortex.neuron.metered_engine import MeteredEngine
 from cortex.neuron.metrics import NeuronMetrics
 from cortex.neuron.resident import Served
 from cortex.neuron.residents import Residents
-from cortex.neuron.text.chat import TextChat, collect
+from cortex.neuron.text.chat import TextChat
+from cortex.neuron.text.choices import collect
+from cortex.neuron.text.sampling import wanted_choices
 from cortex.web.asgi import EventStream, Request, Response
 from cortex.wire import sse
 from cortex.wire.chat import ChatChunk, ChatRequest, decode
 from cortex.wire.errors import CortexError, to_bytes
+from cortex.wire.node import CALLER_HEADER
 
 _COMMENT: Final = sse.comment("keep-alive")
 _encoder: Final = msgspec.json.Encoder()
@@ -41,7 +44,7 @@ class ChatApi:
         self._wall = wall
 
     async def handle(self, request: Request) -> Response | EventStream:
-        """Raises BadRequest, UnknownModel, Busy, LoadFailed, Loading; a stream does before its first byte."""
+        """Raises BadRequest and what a lease on the model raises; a stream does before its first byte."""
         try:
             wanted = decode(ChatRequest, await request.body())
             if self._residents.report(wanted.model) is not None:
@@ -60,7 +63,7 @@ class ChatApi:
         return stream
 
     async def _whole(self, request: Request, wanted: ChatRequest) -> Response:
-        async with self._residents.lease(wanted.model, request.id) as served:
+        async with self._lease(request, wanted) as served:
             reply = await collect(self._chunks(request, wanted, served))
         return Response(_encoder.encode(reply))
 
@@ -70,7 +73,7 @@ class ChatApi:
         begun = False
         try:
             async with (
-                self._residents.lease(wanted.model, request.id) as served,
+                self._lease(request, wanted) as served,
                 aclosing(self._chunks(request, wanted, served)) as chunks,
             ):
                 async for chunk in chunks:
@@ -84,6 +87,11 @@ class ChatApi:
             raise
         yield sse.DONE
 
+    def _lease(self, request: Request, wanted: ChatRequest) -> AbstractAsyncContextManager[Served]:
+        """A place in line for each reply of the request. Raises BadRequest if it asks for too many."""
+        places = wanted_choices(wanted)
+        return self._residents.lease(wanted.model, request.id, caller=_caller(request), places=places)
+
     def _chunks(
         self, request: Request, wanted: ChatRequest, served: Served
     ) -> AsyncGenerator[ChatChunk, None]:
@@ -93,6 +101,12 @@ class ChatApi:
         )
         chat = TextChat(engine, served.model.codec, served.plan.limit, model_id, self._wall, self._clock)
         return chat.chat(request.id, wanted)
+
+
+def _caller(request: Request) -> str:
+    """Whom a gateway asks for; without one, the address at the other end."""
+    named = request.headers.get(CALLER_HEADER)
+    return named or (request.client[0] if request.client else "")
 
 
 def _keep_alive() -> bytes:

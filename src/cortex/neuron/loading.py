@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from cortex.hookspecs import EngineFactory, LoadOrder, LoadPlan
+from cortex.hookspecs import EngineFactory, LoadedModel, LoadOrder, LoadPlan
 from cortex.neuron.hardware import CPU
 from cortex.neuron.memory import Ledger
 from cortex.neuron.references import Report
@@ -42,9 +42,13 @@ class Loader:
         available: Callable[[], Mapping[str, int]],
         devices: Sequence[str],
         threads: int,
+        max_running: int = 8,
+        max_wait_s: float | None = None,
+        prefix_cache: bool = True,
         off_loop: OffLoop = asyncio.to_thread,
     ) -> None:
         """`devices` are the uuids that a load gets which names none; `threads` all that models may use.
+        `max_running`, `max_wait_s` and `prefix_cache` are for every model, see LoadOrder.
 
         `available` measures the bytes that are free on each device; it may block.
         """
@@ -54,6 +58,10 @@ class Loader:
         self._available = available
         self._devices = tuple(devices)
         self._threads = threads
+        self._max_running = max_running
+        self._max_wait_s = max_wait_s
+        self._prefix_cache = prefix_cache
+        self._running: dict[str, LoadedModel] = {}
         self._off_loop = off_loop
 
     async def load(self, request: LoadRequest, report: Report) -> Served:
@@ -71,14 +79,25 @@ class Loader:
         except BaseException:
             self._ledger.release(request.model_id)
             raise
+        self._running[request.model_id] = model
+        self._share_threads()
         return Served(plan, model)
 
     async def close(self, served: Served) -> None:
         """End a model and give its memory back to the ledger."""
+        model_id = served.plan.order.model_id
         try:
             await served.model.close()
         finally:
-            self._ledger.release(served.plan.order.model_id)
+            self._ledger.release(model_id)
+            del self._running[model_id]
+            self._share_threads()
+
+    def _share_threads(self) -> None:
+        """Divide the threads evenly among the models that run; what is left over goes to the oldest."""
+        each, left_over = divmod(self._threads, max(1, len(self._running)))
+        for place, model in enumerate(self._running.values()):
+            model.set_threads(max(1, each + (place < left_over)))
 
     def harness(self, asked: str | None) -> str:
         """The name of the engine for a request. Raises BadRequest for one that is not installed."""
@@ -107,6 +126,9 @@ class Loader:
             devices=self._choose_devices(request),
             memory_bytes=None if request.memory_mb is None else request.memory_mb * MIB,
             threads=max(1, self._threads // (1 + len({grant.model_id for grant in self._ledger.grants}))),
+            max_running=self._max_running,
+            max_wait_s=self._max_wait_s,
+            prefix_cache=self._prefix_cache,
         )
         plan: LoadPlan = await self._off_loop(factory.plan, order)
         budget = min(self._ledger.budget(device) for device in order.devices)

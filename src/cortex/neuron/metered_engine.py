@@ -16,7 +16,11 @@ class Meter(Protocol):
 
 
 class MeteredEngine:
-    """`started` is when the request arrived, on `clock`."""
+    """`started` is when the request arrived, on `clock`.
+
+    A request may generate several sequences from its prompt: the prompt and the time to the first token
+    count once, the tokens and the gaps between them for each sequence.
+    """
 
     def __init__(
         self, engine: TokenEngine, model_id: str, meter: Meter, *, started: float, clock: Callable[[], float]
@@ -26,6 +30,7 @@ class MeteredEngine:
         self._meter = meter
         self._started = started
         self._clock = clock
+        self._begun = False
 
     async def generate(
         self, request_id: str, ids: Sequence[int], sampling: Sampling
@@ -36,8 +41,9 @@ class MeteredEngine:
         try:
             async for batch in source:
                 last = self._clock()
-                if not first:
-                    first = last
+                first = first or last
+                if not self._begun:
+                    self._begun = True
                     self._meter.first_token(self._model_id, first - self._started, len(ids))
                 tokens += len(batch.ids)
                 yield batch

@@ -12,10 +12,10 @@ from typing import Final
 
 import msgspec
 
-from cortex.hookspecs import LoadedModel, LoadPlan
+from cortex.hookspecs import EngineStep, LoadedModel, LoadPlan
 from cortex.neuron.admission import Admission
 from cortex.wire.errors import Conflict, CortexError, LoadFailed
-from cortex.wire.node import LoadRequest, ModelLoad, ModelReport, Progress, Servable, Status
+from cortex.wire.node import FailedModel, LoadRequest, ModelLoad, ModelReport, Progress, Servable, Status
 
 MIB: Final = 2**20
 MAX_BACKOFF_S: Final = 60.0
@@ -38,6 +38,14 @@ class Served(msgspec.Struct, frozen=True):
     model: LoadedModel
 
 
+class _Guest(msgspec.Struct, frozen=True):
+    """A request that uses the model or waits for it, and the places that it has in line."""
+
+    request_id: str
+    caller: str
+    places: int
+
+
 class Resident:
     """What the node knows of one model, loaded or not."""
 
@@ -48,6 +56,8 @@ class Resident:
         """One of the node's default models, which is known whatever becomes of it."""
         self.was_loaded = False
         self.served: Served | None = None
+        self.step: EngineStep | None = None
+        """The last one that the running engine has told of."""
         self.error: CortexError | None = None
         self.progress: Progress | None = None
         self.load_seconds: float | None = None
@@ -58,7 +68,7 @@ class Resident:
         self._held_until = 0.0
         self._retry_at = 0.0
         self._failures = 0
-        self._requests: dict[object, str] = {}
+        self._guests: dict[object, _Guest] = {}
 
     @property
     def model_id(self) -> str:
@@ -71,7 +81,7 @@ class Resident:
     @property
     def requests(self) -> list[str]:
         """Ids of the requests that use the model or wait for it."""
-        return list(self._requests.values())
+        return [guest.request_id for guest in self._guests.values()]
 
     # --- changes ---
 
@@ -87,6 +97,7 @@ class Resident:
     def loaded(self, served: Served, *, now: float, wall: float, seconds: float) -> None:
         self.move("loaded")
         self.served = served
+        self.step = None
         self.was_loaded = True
         self.load_seconds = seconds
         self._loaded_at = now
@@ -120,21 +131,21 @@ class Resident:
         if seconds is not None:
             self._held_until = max(self._held_until, now + seconds)
 
-    def enter(self, token: object, request_id: str) -> None:
-        """A request comes in; `token` is its own. Raises Busy if the line is full."""
-        self.admission.enter(self.model_id)
-        self._requests[token] = request_id
+    def enter(self, token: object, request_id: str, caller: str, places: int) -> None:
+        """A request comes in; `token` is its own. Raises what `Admission.enter` raises."""
+        self.admission.enter(self.model_id, caller, places)
+        self._guests[token] = _Guest(request_id, caller, places)
 
     def leave(self, token: object, *, wall: float) -> None:
-        self.admission.leave()
-        del self._requests[token]
+        guest = self._guests.pop(token)
+        self.admission.leave(guest.caller, guest.places)
         self._last_used_wall = wall
 
     # --- questions ---
 
     def check_retry(self, *, now: float) -> None:
         """Raises LoadFailed while a failed model rests before it is loaded again."""
-        wait = self._retry_at - now
+        wait = self._rest(now)
         if wait > 0:
             cause = self.error.message if self.error else "It failed."
             raise LoadFailed(
@@ -152,29 +163,47 @@ class Resident:
                 retry_after=wait,
                 details={"held_s": round(wait, 3)},
             )
-        if if_idle and (self._requests or self._status == "loading"):
-            doing = (
-                "is loading" if self._status == "loading" else f"has {len(self._requests)} requests in flight"
-            )
-            raise Conflict(
-                f"{self.model_id} {doing}.", code="busy", details={"in_flight": len(self._requests)}
-            )
+        if if_idle and (self._guests or self._status == "loading"):
+            in_flight = len(self._guests)
+            doing = "is loading" if self._status == "loading" else f"has {in_flight} requests in flight"
+            raise Conflict(f"{self.model_id} {doing}.", code="busy", details={"in_flight": in_flight})
 
     def load(self) -> ModelLoad:
+        waiting = self._waiting()
         return ModelLoad(
             id=self.model_id,
-            in_flight=self.admission.running,
-            queue_depth=self.admission.waiting,
+            in_flight=self.admission.present - waiting,
+            queue_depth=waiting,
             max_in_flight=self.admission.max_running,
             max_queue_depth=self.admission.max_waiting,
+            cache_usage_ratio=_cache_usage(self.step),
         )
+
+    def _waiting(self) -> int:
+        """The engine knows better than a count who waits, as long as it makes steps; what it said last
+        before it fell idle, or before everybody left, does not count.
+        """
+        if self.step is None or self.step.running == 0:
+            return self.admission.waiting
+        return min(self.step.waiting, self.admission.present)
+
+    def failure(self, *, now: float) -> FailedModel | None:
+        """Why the model failed and when a request may load it again; None if it has not failed."""
+        if self._status != "failed":
+            return None
+        detail = self.error.message if self.error else ""
+        return FailedModel(id=self.model_id, detail=detail, retry_in_s=round(self._rest(now), 3))
+
+    def _rest(self, now: float) -> float:
+        """Seconds from now in which no request loads the model again."""
+        return max(0.0, self._retry_at - now)
 
     def report(self) -> ModelReport:
         report = ModelReport(
             id=self.model_id,
             harness=self.request.harness or "",
             status=self._status,
-            in_flight=len(self._requests),
+            in_flight=len(self._guests),
             load_seconds=self.load_seconds,
             last_used=self._last_used_wall,
             servable=self._servable(),
@@ -197,3 +226,9 @@ class Resident:
             return Servable()
         detail = self.error.message if self.error else None
         return Servable(ok=False, reason=self._status, detail=detail)
+
+
+def _cache_usage(step: EngineStep | None) -> float | None:
+    if step is None or step.cache_total_tokens <= 0:
+        return None
+    return step.cache_used_tokens / step.cache_total_tokens

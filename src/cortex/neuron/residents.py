@@ -11,17 +11,19 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
 from typing import Final
 
 import msgspec
 
+from cortex.hookspecs import EngineStep
 from cortex.neuron.admission import Admission
 from cortex.neuron.loading import Loader
 from cortex.neuron.references import Report
 from cortex.neuron.resident import Resident, Served
 from cortex.neuron.shared_load import SharedLoad, ignore
 from cortex.wire.errors import Busy, Conflict, CortexError, LoadFailed, NoCapacity, UnknownModel
-from cortex.wire.node import LoadRequest, ModelLoad, ModelReport, Progress
+from cortex.wire.node import FailedModel, LoadRequest, ModelLoad, ModelReport, Progress
 
 _log: Final = logging.getLogger("cortex.neuron.residents")
 
@@ -46,15 +48,18 @@ class Residents:
         loader: Loader,
         *,
         defaults: Iterable[LoadRequest] = (),
-        max_waiting: int = 32,
+        admission: Callable[[], Admission] = Admission,
         on_loaded: Callable[[str, float], None] = lambda model_id, seconds: None,
+        on_step: Callable[[str, EngineStep], None] = lambda model_id, step: None,
         on_freed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
+        """`admission` makes the line in front of a model; `on_step` is called for each step of an engine."""
         self._loader = loader
-        self._max_waiting = max_waiting
+        self._admission = admission
         self._on_loaded = on_loaded
+        self._on_step = on_step
         self._on_freed = on_freed
         self._clock = clock
         self._wall = wall
@@ -76,6 +81,11 @@ class Residents:
         return [
             e.resident.load() for e in self._entries.values() if e.resident.status in ("loaded", "draining")
         ]
+
+    def failed(self) -> list[FailedModel]:
+        now = self._clock()
+        failures = [entry.resident.failure(now=now) for entry in self._entries.values()]
+        return [failure for failure in failures if failure is not None]
 
     def requests(self) -> list[str]:
         return [request for entry in self._entries.values() for request in entry.resident.requests]
@@ -126,18 +136,20 @@ class Residents:
             self._forget_stranger(resident)
 
     @contextlib.asynccontextmanager
-    async def lease(self, model_id: str, request_id: str) -> AsyncIterator[Served]:
-        """The model, for one request, for as long as the context lasts.
+    async def lease(
+        self, model_id: str, request_id: str, *, caller: str = "", places: int = 1
+    ) -> AsyncIterator[Served]:
+        """The model, for one request of `caller` with `places` sequences, for as long as the context lasts.
 
         A model that is loading is waited for; one that failed is loaded again, after a rest that grows.
-        Raises UnknownModel, Busy, LoadFailed, NoCapacity.
+        Raises UnknownModel, OverLimit, Busy, BadRequest (for `places`), LoadFailed, NoCapacity.
         """
         entry = self._entries.get(model_id)
         if entry is None or entry.resident.status == "unloaded":
             raise self._unknown(model_id)
         resident = entry.resident
         token = object()
-        resident.enter(token, request_id)
+        resident.enter(token, request_id, caller, places)
         entry.idle.clear()
         try:
             yield await self._serve(entry)
@@ -165,7 +177,7 @@ class Residents:
 
     def _add(self, request: LoadRequest, *, configured: bool) -> _Entry:
         request = msgspec.structs.replace(request, harness=self._loader.harness(request.harness))
-        resident = Resident(request, Admission(max_waiting=self._max_waiting), configured=configured)
+        resident = Resident(request, self._admission(), configured=configured)
         entry = self._entries[request.model_id] = _Entry(resident)
         return entry
 
@@ -238,11 +250,13 @@ class Residents:
         error = load.task.exception()
         if error is None:
             seconds = self._clock() - load.started
-            resident.loaded(load.task.result(), now=self._clock(), wall=self._wall(), seconds=seconds)
+            served = load.task.result()
+            resident.loaded(served, now=self._clock(), wall=self._wall(), seconds=seconds)
+            served.model.watch(partial(self._stepped, resident, served))
             self._on_loaded(resident.model_id, seconds)
             _log.info("loaded model=%s seconds=%.1f", resident.model_id, seconds)
             load.succeed(resident.report())
-            return load.task.result()
+            return served
         if not isinstance(error, CortexError):
             _log.error("engine failed model=%s", resident.model_id, exc_info=error)
             error = LoadFailed(f"The engine {resident.request.harness} failed: {error!r}.")
@@ -253,6 +267,11 @@ class Residents:
             resident.failed(error, now=self._clock())
         load.fail(error)
         return None
+
+    def _stepped(self, resident: Resident, served: Served, step: EngineStep) -> None:
+        if resident.served is served:  # not the last words of an engine that is gone
+            resident.step = step
+            self._on_step(resident.model_id, step)
 
     async def _run(self, entry: _Entry, served: Served) -> None:
         """From loaded until all memory is back."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +29,10 @@ from cortex.wire.node import Limit, Progress
 WORKER: Final = "cortex.neuron.engine.worker"
 """The module that the warm server imports, torch with it."""
 CPU: Final = "cpu"
-DTYPES: Final = ("packed16", "float32")
+DTYPES: Final = ("packed16", "int8", "float32")
+"""Forms of the weights; the first one is for loads that name none."""
+QUANTS: Final = ("int8",)
+"""Those that a load may ask for as its `quant`, whatever the file holds."""
 MIB: Final = 2**20
 PROCESS_BYTES: Final = 384 * MIB
 """What a worker takes beside weights and cache: its own memory, and that of the step that it computes."""
@@ -44,6 +47,7 @@ class _Detail(msgspec.Struct, frozen=True):
 
     dtype: str
     cache_tokens: int
+    options: Mapping[str, Any] = {}
 
 
 class TorchFactory:
@@ -51,9 +55,16 @@ class TorchFactory:
 
     name = "torch"
 
-    def __init__(self, *, dtype: str | None = None, warm: WarmServer | None = None) -> None:
-        """`dtype` is for loads that name none."""
+    def __init__(
+        self,
+        *,
+        dtype: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        warm: WarmServer | None = None,
+    ) -> None:
+        """`dtype` is for loads that name none; `options` go to every worker, under those of a load order."""
         self._dtype = dtype
+        self._options = dict(options or {})
         self._warm = warm or WarmServer([WORKER], entry.main, probe=(CPU, 1))
 
     @hookimpl
@@ -71,10 +82,12 @@ class TorchFactory:
             raise BadRequest("The torch engine runs a model on one device.", param="tensor_parallel")
         with open_checkpoint(Path(order.path)) as checkpoint:
             shape = read_shape(checkpoint)
-            check_quant(order.quant, checkpoint)
-        dtype = order.dtype or self._dtype or DTYPES[0]
+            quant = (order.quant or "").lower()
+            if quant not in QUANTS:
+                check_quant(order.quant, checkpoint)
+        dtype = order.dtype or (quant if quant in QUANTS else self._dtype) or DTYPES[0]
         if dtype not in DTYPES:
-            raise BadRequest(f"There is no dtype {dtype!r}; it is {' or '.join(DTYPES)}.", param="dtype")
+            raise BadRequest(f"There is no dtype {dtype!r}; it is {', '.join(DTYPES)}.", param="dtype")
         fixed = shape.weight_bytes(dtype) + PROCESS_BYTES
         if order.memory_bytes is None:
             cache_tokens = 2 * shape.max_position
@@ -87,7 +100,7 @@ class TorchFactory:
             order=order,
             bytes_per_device={order.devices[0]: size},
             limit=Limit(context=context, input=context, output=context),
-            detail=_Detail(dtype, cache_tokens),
+            detail=_Detail(dtype, cache_tokens, self._options),
         )
 
     async def load(self, plan: LoadPlan, report: Callable[[Progress], None]) -> LoadedModel:
@@ -140,7 +153,8 @@ def check_quant(quant: str | None, checkpoint: Checkpoint) -> None:
         return
     raise BadRequest(
         f"{checkpoint.path.name} is not of the quantisation {quant!r}: it holds {', '.join(sorted(types))}, "
-        f"and nothing is quantised here. Leave quant out, or name a file that has it.",
+        f"and {', '.join(QUANTS)} is all that can be made of it here. Leave quant out, or name a file "
+        f"that has it.",
         param="quant",
     )
 
@@ -163,18 +177,21 @@ def _cache_within(room: int, shape: ModelShape, order: LoadOrder) -> int:
 
 
 async def _order_load(worker: WorkerProcess, plan: LoadPlan) -> None:
-    order = plan.order
+    order, detail = plan.order, plan.detail
     try:
         await worker.send(
             Load(
                 path=order.path,
-                dtype=plan.detail.dtype,
+                dtype=detail.dtype,
                 device=order.devices[0],
                 context=plan.limit.context,
-                cache_tokens=plan.detail.cache_tokens,
+                cache_tokens=detail.cache_tokens,
                 prefill_chunk=PREFILL_CHUNK,
                 threads=order.threads,
-                options=order.options,
+                max_running=order.max_running,
+                max_wait_s=order.max_wait_s,
+                prefix_cache=order.prefix_cache,
+                options={**detail.options, **order.options},
             )
         )
     except OSError:

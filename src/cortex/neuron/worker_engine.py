@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Final
 
-from cortex.hookspecs import Codec, Sampling, TokenBatch
-from cortex.neuron.engine.messages import Cancel, Generate, Output, Report, Step
+from cortex.hookspecs import Codec, EngineStep, Sampling, TokenBatch, TokenLogprobs
+from cortex.neuron.engine.messages import Broken, Cancel, Generate, Output, Report, Step, Threads
 from cortex.neuron.worker_process import WorkerProcess
-from cortex.wire.errors import Internal, Loading
+from cortex.wire.errors import Busy, CortexError, Internal, Loading
 
 _GRACE_S: Final = 1.0
 """For a worker that has closed its socket, to end by itself and tell by its exit code why."""
+_BUSY_RETRY_S: Final = 10
+"""For a request that has waited for its turn in vain."""
 _END: Final = None
 """In a sequence's queue: nothing more will come, the engine has ended."""
 
@@ -29,6 +31,7 @@ class WorkerEngine:
         self._worker = worker
         self._keys = itertools.count(1)
         self._queues: dict[int, asyncio.Queue[Output | None]] = {}
+        self._seen: Callable[[EngineStep], None] = lambda step: None
         self._reader = asyncio.create_task(self._read(reports), name=f"reader of {model_id}")
 
     async def generate(
@@ -36,7 +39,8 @@ class WorkerEngine:
     ) -> AsyncGenerator[TokenBatch, None]:
         """Yields what each step gave; steps that nobody has taken yet come joined.
 
-        Raises Internal if the sequence fails, Loading with the code `engine_ended` if the engine dies.
+        Raises Internal if the sequence fails, Busy if it has waited too long to start, Loading with the
+        code `engine_ended` if the engine dies.
         """
         key = next(self._keys)
         queue: asyncio.Queue[Output | None] = asyncio.Queue()
@@ -66,6 +70,14 @@ class WorkerEngine:
             if not finished and not self._reader.done():
                 self._worker.post(Cancel(key=key))
 
+    def watch(self, seen: Callable[[EngineStep], None]) -> None:
+        self._seen = seen
+
+    def set_threads(self, threads: int) -> None:
+        """Without effect on a worker that has ended."""
+        if not self._reader.done():
+            self._worker.post(Threads(threads=threads))
+
     async def died(self) -> str:
         """Waits until the worker has ended by itself and tells how."""
         return await asyncio.shield(self._reader)
@@ -85,6 +97,10 @@ class WorkerEngine:
                     for output in report.outputs:
                         if output.key in self._queues:
                             self._queues[output.key].put_nowait(output)
+                    if report.done is not None:
+                        self._seen(report.done)
+                elif isinstance(report, Broken):
+                    said = f"{report.reason}, and "
         except ValueError as error:
             said = f"sent what is {error}, and "
             grace = 0.0
@@ -112,6 +128,12 @@ class WorkerModel:
         self.engine = engine
         self.codec = codec
 
+    def watch(self, seen: Callable[[EngineStep], None]) -> None:
+        self.engine.watch(seen)
+
+    def set_threads(self, threads: int) -> None:
+        self.engine.set_threads(threads)
+
     async def died(self) -> str:
         return await self.engine.died()
 
@@ -120,14 +142,34 @@ class WorkerModel:
 
 
 def _joined(outputs: Sequence[Output | None]) -> TokenBatch | None:
-    """One batch of several steps' outputs. Raises Internal for a sequence that failed."""
+    """One batch of several steps' outputs. Raises what became of a sequence that failed."""
     ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    cached: int | None = None
+    last: Output | None = None
     for output in outputs:
         if output is _END:
             break
         if output.error is not None:
-            raise Internal(f"The engine failed on this request: {output.error}.")
+            raise _failure(output)
+        last = output
         ids += output.ids
+        logprobs += output.logprobs or ()
+        cached = output.cached_tokens if cached is None else cached
         if output.finish is not None:
-            return TokenBatch(ids=ids, finish=output.finish, timings=output.timings)
-    return TokenBatch(ids=ids) if ids else None
+            break
+    if last is None:
+        return None
+    return TokenBatch(
+        ids=ids,
+        finish=last.finish,
+        timings=last.timings,
+        cached_tokens=cached,
+        logprobs=logprobs or None,
+    )
+
+
+def _failure(output: Output) -> CortexError:
+    if output.code == "busy":
+        return Busy(f"The model has no room for this request: {output.error}.", retry_after=_BUSY_RETRY_S)
+    return Internal(f"The engine failed on this request: {output.error}")

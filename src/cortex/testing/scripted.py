@@ -17,6 +17,7 @@ from cortex.hookspecs import (
     Codec,
     Detokenizer,
     EngineFactory,
+    EngineStep,
     EngineTimings,
     LoadedModel,
     LoadOrder,
@@ -24,6 +25,7 @@ from cortex.hookspecs import (
     Sampling,
     SamplingDefaults,
     TokenBatch,
+    TokenLogprobs,
 )
 from cortex.wire.errors import CortexError, Internal, LoadFailed
 from cortex.wire.node import Limit, Progress
@@ -32,6 +34,7 @@ TURN_START: Final = 256
 TURN_END: Final = 257
 _END: Final = -1
 _SPECIAL: Final = {"<|im_start|>": TURN_START, "<|im_end|>": TURN_END}
+_NAMES: Final = {id: text.encode() for text, id in _SPECIAL.items()}
 _CUTS: Final = re.compile("(" + "|".join(map(re.escape, _SPECIAL)) + ")")
 
 Script = Callable[[Sequence[int], Sampling], Iterable[Sequence[int]]]
@@ -55,6 +58,9 @@ class ByteCodec:
         for piece in _CUTS.split(text):
             ids.extend([_SPECIAL[piece]] if piece in _SPECIAL else piece.encode())
         return ids
+
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([id]) if 0 <= id < TURN_START else _NAMES.get(id, b"")
 
     def detokenizer(self) -> Detokenizer:
         return _ByteDetokenizer()
@@ -84,6 +90,8 @@ class ScriptedEngine:
         """Awaited before each step with the request id and the step's number; step 0 is prefill."""
         self.timings = EngineTimings(queue_ms=1.0, prefill_ms=10.0, decode_ms=20.0)
         """What the last batch of every reply reports."""
+        self.cached_tokens: int | None = None
+        """What the first batch of every reply reports."""
         self.prompts: list[tuple[str, list[int], Sampling]] = []
         """Every sequence that was started, in order."""
         self.running: list[str] = []
@@ -128,9 +136,15 @@ class ScriptedEngine:
                 self.steps += 1
                 if finish is not None:
                     outcome = self.finished
-                    yield TokenBatch(ids=given, finish=finish, timings=self.timings)
+                yield TokenBatch(
+                    ids=given,
+                    finish=finish,
+                    timings=None if finish is None else self.timings,
+                    cached_tokens=self.cached_tokens if number == 0 else None,
+                    logprobs=_logprobs(given, sampling.logprobs),
+                )
+                if finish is not None:
                     return
-                yield TokenBatch(ids=given)
         except CortexError:
             outcome = []
             raise
@@ -179,6 +193,13 @@ def _cut(
     return list(step[:left]), "length" if len(step) >= left else None
 
 
+def _logprobs(ids: Sequence[int], likeliest: int | None) -> list[TokenLogprobs] | None:
+    """Each token had -0.5, and the ids after it -1.5, -2.5 and so on."""
+    if likeliest is None:
+        return None
+    return [TokenLogprobs(id, -0.5, [(id + i, -0.5 - i) for i in range(likeliest)]) for id in ids]
+
+
 class ScriptedModel:
     """A loaded model of the ScriptedFactory."""
 
@@ -187,6 +208,19 @@ class ScriptedModel:
         self.engine = engine
         self.codec = codec
         self.closed = False
+        self.threads = plan.order.threads
+        self._watchers: list[Callable[[EngineStep], None]] = []
+
+    def watch(self, seen: Callable[[EngineStep], None]) -> None:
+        self._watchers.append(seen)
+
+    def report_step(self, step: EngineStep) -> None:
+        """Tell those who watch of a step, as an engine that makes some would."""
+        for seen in self._watchers:
+            seen(step)
+
+    def set_threads(self, count: int) -> None:
+        self.threads = count
 
     async def died(self) -> str:
         return await self.engine.died()

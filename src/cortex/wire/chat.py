@@ -89,6 +89,8 @@ class ChatRequest(Open, omit_defaults=True):
     logit_bias: dict[str, float] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -122,6 +124,27 @@ class Timings(Open):
     predicted_per_second: float = 0.0
 
 
+class TokenLogprob(Open):
+    """A token with its natural log probability; `bytes` is None for one that spells nothing."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+
+class ContentLogprob(TokenLogprob):
+    """A token of the reply, with the likeliest ones in its place."""
+
+    top_logprobs: list[TokenLogprob] = []
+
+
+class Logprobs(Open):
+    """Of the tokens of a message, or of those whose text a chunk carries."""
+
+    content: list[ContentLogprob] | None = None
+    refusal: list[ContentLogprob] | None = None
+
+
 class Delta(Open):
     role: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
@@ -132,7 +155,7 @@ class Delta(Open):
 class ChunkChoice(Open):
     index: int = 0
     delta: Delta = msgspec.field(default_factory=Delta)
-    logprobs: dict[str, Any] | None = None
+    logprobs: Logprobs | None = None
     finish_reason: str | None = None
 
 
@@ -158,7 +181,7 @@ class ReplyMessage(Open):
 class Choice(Open):
     index: int = 0
     message: ReplyMessage = msgspec.field(default_factory=ReplyMessage)
-    logprobs: dict[str, Any] | None = None
+    logprobs: Logprobs | None = None
     finish_reason: str | None = None
 
 

@@ -12,6 +12,9 @@ import msgspec
 
 WIRE_VERSION: Final = 1
 
+CALLER_HEADER: Final = "x-cortex-caller"
+"""In which a gateway tells a node whose request it is; percent-encoded."""
+
 Status = Literal["loading", "loaded", "draining", "failed", "unloaded"]
 
 
@@ -98,13 +101,24 @@ class Activation(Wire):
 
 
 class ModelLoad(Wire):
-    """How busy one model is."""
+    """How busy one model is, in sequences; a request with `n` is so many."""
 
     id: str
     in_flight: int = 0
     queue_depth: int = 0
     max_in_flight: int = 0
     max_queue_depth: int = 0
+    cache_usage_ratio: float | None = None
+    """How much of the cache the running sequences hold, 0 to 1; None where the engine does not tell."""
+
+
+class FailedModel(Wire):
+    """A model that could not be loaded, or whose engine ended by itself."""
+
+    id: str
+    detail: str = ""
+    retry_in_s: float = 0.0
+    """Seconds in which requests for it are refused; after them the next one loads it again."""
 
 
 class Health(Wire):
@@ -113,6 +127,7 @@ class Health(Wire):
     ledger: list[Grant] = []
     activation: Activation = msgspec.field(default_factory=Activation)
     models: list[ModelLoad] = []
+    failed: list[FailedModel] = []
     requests: list[str] = []
     """Ids of the requests in flight: proof to a waiting gateway that silence is work."""
 

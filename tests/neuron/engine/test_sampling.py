@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cortex.hookspecs import Sampling
-from cortex.neuron.engine.sampler import CANDIDATES, sample
+from cortex.neuron.engine.sampler import CANDIDATES, Row, sample
+from cortex.neuron.engine.sequence import Tally
 
 VOCAB = 3 * CANDIDATES[0]
 
@@ -25,8 +26,23 @@ def logits(rows: int, vocab: int = VOCAB, spread: float = 2.0) -> Tensor:
     return spread * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab))
 
 
+def row_for(
+    setting: Sampling, draw: float = 0.5, prompt: Sequence[int] = (), reply: Sequence[int] = (), **more: Any
+) -> Row:
+    tally = Tally(list(prompt) if setting.penalises else [])
+    for token in reply if setting.penalises else ():
+        tally.add(token)
+    return Row(setting, draw, tally.ids, tally.counts, **more)
+
+
+def tokens(rows: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> list[int | None]:
+    """What is chosen; `rows` stay as they are."""
+    asked = [row_for(setting, draw) for setting, draw in zip(settings, draws, strict=True)]
+    return [None if found is None else found[0] for found in sample(rows.clone(), asked)]
+
+
 def drawn(row: Tensor, setting: Sampling, draws: Sequence[float]) -> list[int | None]:
-    return sample(row.expand(len(draws), -1).clone(), [setting] * len(draws), draws)
+    return tokens(row.expand(len(draws), -1), [setting] * len(draws), draws)
 
 
 def allowed(row: Tensor, setting: Sampling) -> set[int]:
@@ -47,7 +63,7 @@ def allowed(row: Tensor, setting: Sampling) -> set[int]:
 
 def test_temperature_zero_takes_the_likeliest_whatever_else_is_set() -> None:
     rows = logits(5)
-    chosen = sample(rows, [settings(temperature=0, top_k=50, top_p=0.9)] * 5, [0.99] * 5)
+    chosen = tokens(rows, [settings(temperature=0, top_k=50, top_p=0.9)] * 5, [0.99] * 5)
     assert chosen == rows.argmax(-1).tolist()
 
 
@@ -93,8 +109,8 @@ def test_a_row_does_not_depend_on_its_batch_mates(
     rows = logits(len(draws) + 3)
     setting = settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     mates = [settings(temperature=0), settings(temperature=9.0, top_p=0.99), settings(temperature=1.0)]
-    together = sample(rows, [setting] * len(draws) + mates, [*draws, 0.1, 0.2, 0.3])
-    alone = [sample(rows[i : i + 1], [setting], [draw])[0] for i, draw in enumerate(draws)]
+    together = tokens(rows, [setting] * len(draws) + mates, [*draws, 0.1, 0.2, 0.3])
+    alone = [tokens(rows[i : i + 1], [setting], [draw])[0] for i, draw in enumerate(draws)]
     assert together[: len(draws)] == alone
 
 
@@ -111,7 +127,7 @@ def test_the_same_seed_gives_the_same_text() -> None:
 
     def text(seed: int) -> list[int | None]:
         chance = random.Random(seed)
-        return [sample(rows, [settings(top_p=0.9)], [chance.random()])[0] for _ in range(20)]
+        return [tokens(rows, [settings(top_p=0.9)], [chance.random()])[0] for _ in range(20)]
 
     assert text(4) == text(4)
     assert text(4) != text(5)
@@ -124,14 +140,14 @@ def test_values_that_are_not_numbers_give_no_token_and_disturb_nobody(bad: float
     rows[1, 17] = bad
     for top_p in (1.0, 0.9):
         setting = settings(temperature=temperature, top_p=top_p)
-        chosen = sample(rows, [setting] * 3, [0.5] * 3)
+        chosen = tokens(rows, [setting] * 3, [0.5] * 3)
         assert chosen[1] is None
-        assert chosen[0] == sample(rows[:1], [setting], [0.5])[0]
+        assert chosen[0] == tokens(rows[:1], [setting], [0.5])[0]
         assert chosen[2] is not None
 
 
 def test_a_row_of_nothing_possible_gives_no_token() -> None:
-    assert sample(torch.full((1, 8), float("-inf")), [settings()], [0.5]) == [None]
+    assert tokens(torch.full((1, 8), float("-inf")), [settings()], [0.5]) == [None]
 
 
 def test_a_large_flat_vocabulary_is_drawn_from_as_far_as_top_p_reaches() -> None:
@@ -146,3 +162,172 @@ def test_a_large_flat_vocabulary_is_drawn_from_as_far_as_top_p_reaches() -> None
 
 def test_a_vocabulary_smaller_than_the_candidates_works() -> None:
     assert drawn(torch.zeros(7), settings(top_k=3), [0.0, 0.5, 0.999]) != [None] * 3
+
+
+# --- what shifts the logits ---
+
+
+def shifted(rows: Tensor, asked: Sequence[Row]) -> Tensor:
+    """The logits that greedy rows choose from."""
+    assert all(row.settings.temperature == 0 for row in asked)
+    changed = rows.clone()
+    chosen = sample(changed, asked)
+    assert [found and found[0] for found in chosen] == changed.argmax(-1).tolist()
+    return changed
+
+
+def expected(row: Tensor, setting: Sampling, prompt: Sequence[int], reply: Sequence[int]) -> Tensor:
+    """Bias by its definition; repetition by transformers; presence and frequency by OpenAI's formula."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    scores = row.clone()
+    for token, value in setting.logit_bias.items():
+        scores[token] += value
+    if setting.repetition_penalty != 1:
+        penalty = RepetitionPenaltyLogitsProcessor(setting.repetition_penalty)
+        scores = penalty(torch.tensor([[*prompt, *reply]]), scores.unsqueeze(0))[0]
+    for token in set(reply):
+        scores[token] -= setting.presence_penalty + setting.frequency_penalty * reply.count(token)
+    return scores
+
+
+PENALTIES: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.7},
+    {"presence_penalty": 0.8},
+    {"frequency_penalty": -0.5},
+    {"repetition_penalty": 1.1, "presence_penalty": -1.0, "frequency_penalty": 0.4},
+    {"logit_bias": {3: 5.0, 60: -100.0}},
+    {"logit_bias": {3: -5.0}, "repetition_penalty": 2.0, "frequency_penalty": 1.0},
+]
+
+
+def test_penalties_and_biases_of_a_mixed_batch_are_those_of_the_references() -> None:
+    chance = random.Random(3)
+    rows = logits(len(PENALTIES))
+    asked, wanted = [], []
+    for row, changes in zip(rows, PENALTIES, strict=True):
+        prompt = [chance.randrange(100) for _ in range(40)]
+        reply = [chance.randrange(100) for _ in range(25)]
+        setting = settings(temperature=0, **changes)
+        asked.append(row_for(setting, prompt=prompt, reply=reply))
+        wanted.append(expected(row, setting, prompt, reply))
+    assert torch.allclose(shifted(rows, asked), torch.stack(wanted), atol=1e-5)
+
+
+def test_presence_and_frequency_leave_alone_what_only_the_prompt_holds() -> None:
+    rows = logits(1)
+    setting = settings(temperature=0, presence_penalty=2.0, frequency_penalty=2.0)
+    assert torch.equal(shifted(rows, [row_for(setting, prompt=[1, 2, 2])]), rows)
+
+
+def test_penalties_count_for_chance_too() -> None:
+    rows = torch.zeros(1, 8)
+    setting = settings(presence_penalty=50.0)
+    row = row_for(setting, 0.0, prompt=[0, 1], reply=[2, 3, 4, 5, 6, 7])
+    row_at_the_end = row_for(setting, math.nextafter(1, 0), prompt=[0, 1], reply=[2, 3, 4, 5, 6, 7])
+    assert {found[0] for found in sample(rows.repeat(2, 1), [row, row_at_the_end]) if found} == {0, 1}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_forces_or_forbids_a_token(temperature: float) -> None:
+    rows = logits(1)
+    likeliest = int(rows[0].argmax())
+    for draw in (1e-9, 0.4, 0.999):
+        forced = settings(temperature=temperature, logit_bias={5: 100.0})
+        assert tokens(rows, [forced], [draw]) == [5]
+        forbidden = settings(temperature=temperature, logit_bias={likeliest: -1e9})
+        assert tokens(rows, [forbidden], [draw]) != [likeliest]
+
+
+def test_a_bias_on_what_is_no_token_does_nothing_and_reaches_no_other_row() -> None:
+    rows = logits(3)
+    odd = settings(temperature=0, logit_bias={-1: 100.0, VOCAB: 100.0, VOCAB + 4: 100.0})
+    asked = [row_for(setting) for setting in (settings(temperature=0), odd, settings(temperature=0))]
+    assert torch.equal(shifted(rows, asked), rows)
+
+
+def test_withheld_stop_ids_do_not_come_even_if_nothing_else_is_likely() -> None:
+    rows = torch.full((4, 8), -30.0)
+    rows[:, [2, 5]] = torch.tensor([9.0, 8.0])
+    held = settings(temperature=0, stop_ids=(2, 5, 900))
+    drawn_held = settings(stop_ids=(2, 5))
+    asked = [
+        row_for(held, withhold=True),
+        row_for(held),
+        row_for(drawn_held, 0.3, withhold=True),
+        row_for(settings(logit_bias={2: 100.0}, stop_ids=(2, 5)), 0.3, withhold=True),
+    ]
+    chosen = [found and found[0] for found in sample(rows, asked)]
+    assert chosen[1] == 2
+    assert not {2, 5} & {chosen[0], chosen[2], chosen[3]}
+
+
+# --- log probabilities ---
+
+
+def test_log_probabilities_are_those_of_the_model_whatever_shifts_the_choice() -> None:
+    rows = logits(5)
+    plain = torch.log_softmax(rows, -1)
+    asked = [
+        row_for(settings(temperature=0, logprobs=3)),
+        row_for(settings(temperature=0)),
+        row_for(settings(temperature=0.2, top_k=5, logprobs=0)),
+        row_for(settings(temperature=3.0, logit_bias={9: 100.0}, logprobs=20)),
+        row_for(settings(repetition_penalty=5.0, logprobs=1), prompt=range(50), reply=[1, 2]),
+    ]
+    chosen = sample(rows.clone(), asked)
+    for index, (found, row) in enumerate(zip(chosen, asked, strict=True)):
+        assert found is not None
+        token, told = found
+        if row.settings.logprobs is None:
+            assert told is None
+            continue
+        assert told is not None
+        assert told.id == token
+        assert told.logprob == pytest.approx(float(plain[index, token]), abs=1e-6)
+        values, ids = plain[index].topk(row.settings.logprobs)
+        assert [id for id, _ in told.top] == ids.tolist()
+        assert [value for _, value in told.top] == pytest.approx(values.tolist(), abs=1e-6)
+    assert chosen[3] is not None
+    assert chosen[3][0] == 9
+
+
+def test_more_likeliest_tokens_than_there_are_tokens_are_all_of_them() -> None:
+    (found,) = sample(torch.zeros(1, 5), [row_for(settings(logprobs=20))])
+    assert found is not None
+    assert found[1] is not None
+    assert len(found[1].top) == 5
+    assert sum(math.exp(value) for _, value in found[1].top) == pytest.approx(1.0)
+
+
+SETTINGS = st.builds(
+    settings,
+    temperature=st.sampled_from([0.0, 0.4, 1.0, 5.0]),
+    top_k=st.sampled_from([0, 0, 3, 400]),
+    top_p=st.sampled_from([1.0, 1.0, 0.5, 0.97]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    repetition_penalty=st.sampled_from([1.0, 1.2]),
+    presence_penalty=st.sampled_from([0.0, 0.6]),
+    frequency_penalty=st.sampled_from([0.0, -0.3]),
+    logit_bias=st.sampled_from([{}, {4: 3.0, 5: -100.0}]),
+    logprobs=st.sampled_from([None, 0, 2, 5]),
+    stop_ids=st.sampled_from([(), (1, 2)]),
+)
+ROWS = st.builds(
+    row_for,
+    SETTINGS,
+    st.floats(0, 1, exclude_max=True),
+    st.lists(st.integers(0, 99), max_size=20),
+    st.lists(st.integers(0, 99), max_size=20),
+    withhold=st.booleans(),
+)
+
+
+@given(st.lists(ROWS, min_size=2, max_size=9), st.integers(0, 99))
+def test_whatever_rows_a_batch_mixes_each_gets_what_it_gets_alone(asked: list[Row], seed: int) -> None:
+    rows = 2.0 * torch.randn(len(asked), VOCAB, generator=torch.Generator().manual_seed(seed))
+    together = sample(rows.clone(), asked)
+    alone = [sample(rows[index : index + 1].clone(), [row])[0] for index, row in enumerate(asked)]
+    assert together == alone

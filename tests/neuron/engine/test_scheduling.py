@@ -3,15 +3,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cortex.hookspecs import EngineTimings, Sampling
+from cortex.hookspecs import EngineTimings, Sampling, TokenLogprobs
+from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.messages import Generate, Output
-from cortex.neuron.engine.scheduler import Scheduled, Scheduler
+from cortex.neuron.engine.pace import UNKNOWN
+from cortex.neuron.engine.scheduler import MOST_RUNS, Sampled, Scheduled, Scheduler
+from cortex.neuron.engine.sequence import Sequence
 from cortex.neuron.nn.plan import Segment
 
 STOP = 9
+SIZE = 4
 
 
 class Clock:
@@ -22,14 +24,21 @@ class Clock:
         return self.now
 
 
-def scheduler(clock: Clock | None = None, **changes: Any) -> Scheduler:
-    settings = {"slots": 1, "context": 32, "prefill_chunk": 4, "vocab": 100, **changes}
-    return Scheduler(**settings, clock=clock or Clock())
+def scheduler(
+    clock: Clock | None = None, *, blocks: int = 32, size: int = SIZE, caching: bool = True, **changes: Any
+) -> Scheduler:
+    settings = {"context": 32, "prefill_chunk": 4, "vocab": 100, **changes}
+    return Scheduler(BlockPool(blocks, size, caching=caching), **settings, clock=clock or Clock())
 
 
-def order(key: int, length: int = 3, max_tokens: int = 4, **sampling: Any) -> Generate:
+def order(
+    key: int, length: int = 3, max_tokens: int = 4, *, ids: list[int] | None = None, **sampling: Any
+) -> Generate:
+    """A prompt that begins like no other key's, unless `ids` are given."""
+    if ids is None:
+        ids = [(10 + key + index) % 100 for index in range(length)]
     settings = Sampling(max_tokens=max_tokens, stop_ids=(STOP,), **sampling)
-    return Generate(key=key, request_id=f"r{key}", ids=list(range(10, 10 + length)), sampling=settings)
+    return Generate(key=key, request_id=f"r{key}", ids=ids, sampling=settings)
 
 
 def planned(made: Scheduler) -> Scheduled:
@@ -38,26 +47,54 @@ def planned(made: Scheduler) -> Scheduled:
     return scheduled
 
 
+def keys(scheduled: Scheduled) -> list[int]:
+    return [sequence.key for sequence in scheduled.sequences]
+
+
+def said(*tokens: int) -> list[Sampled]:
+    return [(token, None) for token in tokens]
+
+
+def step(made: Scheduler, token: int = 50) -> list[Output]:
+    """One whole step in which every sampled row gives `token`."""
+    scheduled = planned(made)
+    return made.complete(scheduled, said(*[token] * len(scheduled.sampled)))
+
+
+def finish(made: Scheduler, token: int = STOP) -> None:
+    while not made.idle:
+        step(made, token)
+
+
+# --- one sequence ---
+
+
 def test_a_prompt_is_computed_in_chunks_and_only_its_last_row_is_sampled() -> None:
     made = scheduler()
     assert made.add(order(1, length=10)) is None
     for start, length, wanted in [(0, 4, []), (4, 4, []), (8, 2, [1])]:
         scheduled = planned(made)
-        assert scheduled.plan.ids == list(range(10 + start, 10 + start + length))
-        assert scheduled.plan.segments == [Segment(0, start, length)]
+        assert scheduled.plan.ids == list(range(11 + start, 11 + start + length))
+        assert scheduled.plan.segments == [Segment(start, length, [(0, start + length)])]
         assert scheduled.plan.positions == list(range(start, start + length))
         assert scheduled.plan.wanted == wanted
-        outputs = made.complete(scheduled, [50] * len(wanted))
-    assert outputs == [Output(key=1, ids=[50])]
+        assert (scheduled.decoding, scheduled.prefill) == (0, length)
+        outputs = made.complete(scheduled, said(*[50] * len(wanted)))
+    assert outputs == [Output(key=1, ids=[50], cached_tokens=0)]
     decode = planned(made)
-    assert (decode.plan.ids, decode.plan.segments, decode.plan.wanted) == ([50], [Segment(0, 10, 1)], [0])
+    assert (decode.plan.ids, decode.plan.segments, decode.plan.wanted) == (
+        [50],
+        [Segment(10, 1, [(0, 11)])],
+        [0],
+    )
+    assert (decode.decoding, decode.prefill) == (1, 0)
 
 
 def test_a_stop_id_ends_the_sequence_and_is_not_given_out() -> None:
     made = scheduler()
     made.add(order(1))
-    made.complete(planned(made), [50])
-    (output,) = made.complete(planned(made), [STOP])
+    step(made)
+    (output,) = step(made, STOP)
     assert (output.ids, output.finish) == ([], "stop")
     assert made.idle
     assert made.schedule() is None
@@ -66,8 +103,8 @@ def test_a_stop_id_ends_the_sequence_and_is_not_given_out() -> None:
 def test_max_tokens_end_the_sequence_with_its_last_token() -> None:
     made = scheduler()
     made.add(order(1, max_tokens=2))
-    made.complete(planned(made), [50])
-    (output,) = made.complete(planned(made), [51])
+    step(made)
+    (output,) = step(made, 51)
     assert (output.ids, output.finish) == ([51], "length")
     assert made.idle
 
@@ -75,8 +112,8 @@ def test_max_tokens_end_the_sequence_with_its_last_token() -> None:
 def test_a_full_context_ends_the_sequence() -> None:
     made = scheduler(context=5)
     made.add(order(1, length=3, max_tokens=100))
-    assert made.complete(planned(made), [50])[0].finish is None
-    (output,) = made.complete(planned(made), [51])
+    assert step(made)[0].finish is None
+    (output,) = step(made, 51)
     assert (output.ids, output.finish) == ([51], "length")
 
 
@@ -90,81 +127,31 @@ def test_times_are_split_into_queue_prefill_and_decode() -> None:
     made.complete(scheduled, [])
     scheduled = planned(made)
     clock.now = 3.0
-    assert made.complete(scheduled, [50])[0].timings is None
+    assert made.complete(scheduled, said(50))[0].timings is None
     scheduled = planned(made)
     clock.now = 3.25
-    (output,) = made.complete(scheduled, [51])
+    (output,) = made.complete(scheduled, said(51))
     assert output.timings == EngineTimings(queue_ms=1000.0, prefill_ms=2000.0, decode_ms=250.0)
 
 
-def test_a_waiting_sequence_gets_the_slot_that_is_left() -> None:
+def test_what_was_asked_about_a_token_goes_out_with_it_but_not_with_a_stop_id() -> None:
     made = scheduler()
-    made.add(order(1, max_tokens=1))
-    made.add(order(2))
-    first = planned(made)
-    assert [sequence.key for sequence in first.sequences] == [1]
-    made.complete(first, [50])
-    assert [sequence.key for sequence in planned(made).sequences] == [2]
+    made.add(order(1, logprobs=1))
+    told = TokenLogprobs(50, -0.5, [(50, -0.5)])
+    assert made.complete(planned(made), [(50, told)])[0].logprobs == [told]
+    assert made.complete(planned(made), [(STOP, told)])[0].logprobs is None
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3], ids=["waiting", "prefill", "decode"])
-def test_a_cancelled_sequence_is_in_no_later_step(steps: int) -> None:
+def test_the_last_token_brings_what_was_asked_about_it() -> None:
     made = scheduler()
-    made.add(order(1, length=6, max_tokens=20))
-    for _ in range(steps):
-        scheduled = planned(made)
-        made.complete(scheduled, [50] * len(scheduled.sampled))
-    made.cancel(1)
-    assert made.idle
-    assert made.schedule() is None
-    made.cancel(1)  # a second time, as when it had finished
-    made.add(order(2))
-    assert planned(made).plan.segments == [Segment(0, 0, 3)]
-
-
-def test_decode_comes_before_prefill_and_prompts_share_the_chunk() -> None:
-    made = scheduler(slots=3)
-    made.add(order(1, length=2, max_tokens=20))
-    made.complete(planned(made), [50])
-    made.add(order(2, length=3))
-    made.add(order(3, length=6))
-    scheduled = planned(made)
-    assert [sequence.key for sequence in scheduled.sequences] == [1, 2, 3]
-    assert [part.length for part in scheduled.plan.segments] == [1, 3, 1]
-    assert scheduled.plan.wanted == [0, 3]
-    assert [output.key for output in made.complete(scheduled, [51, 52])] == [1, 2]
-
-
-def test_values_that_are_not_numbers_fail_their_sequence_only() -> None:
-    made = scheduler(slots=2)
-    made.add(order(1))
-    made.add(order(2, length=1))
-    outputs = made.complete(planned(made), [None, 50])
-    assert outputs[0].error is not None
-    assert "not numbers" in outputs[0].error
-    assert outputs[1] == Output(key=2, ids=[50])
-    assert [sequence.key for sequence in planned(made).sequences] == [2]
-
-
-def test_a_broken_step_fails_the_sequences_in_it_only() -> None:
-    made = scheduler()
-    made.add(order(1))
-    made.add(order(2))
-    assert made.fail(planned(made), "why") == [Output(key=1, ids=[], error="why")]
-    assert [sequence.key for sequence in planned(made).sequences] == [2]
-
-
-def test_a_lost_device_fails_everything() -> None:
-    made = scheduler()
-    made.add(order(1))
-    made.add(order(2))
-    planned(made)
-    assert [output.key for output in made.fail_all("why")] == [1, 2]
-    assert made.idle
+    made.add(order(1, max_tokens=1, logprobs=0))
+    told = TokenLogprobs(50, -0.5, [])
+    (output,) = made.complete(planned(made), [(50, told)])
+    assert (output.logprobs, output.finish, output.cached_tokens) == ([told], "length", 0)
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "words"),
     [
         (order(1, length=0), "The prompt is empty"),
         (order(1, length=32), "The prompt has 32 tokens; the context of 32"),
@@ -173,61 +160,338 @@ def test_a_lost_device_fails_everything() -> None:
         (Generate(key=1, request_id="r", ids=[-1], sampling=Sampling(max_tokens=1)), "100 tokens"),
     ],
 )
-def test_what_cannot_be_run_is_refused_with_the_reason(bad: Generate, said: str) -> None:
+def test_what_cannot_be_run_is_refused_with_the_reason(bad: Generate, words: str) -> None:
     made = scheduler()
     refused = made.add(bad)
     assert refused is not None
     assert refused.error is not None
-    assert said in refused.error
+    assert words in refused.error
+    assert refused.code is None, "it is not a matter of waiting"
     assert made.idle
 
 
-class AnyTraffic(RuleBasedStateMachine):
-    """Whatever comes and goes: slots are never shared, chunks are bounded, every sequence ends once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made = scheduler(slots=2, context=12)
-        self.keys = 0
-        self.open: set[int] = set()
-        self.known: dict[int, int] = {}
-
-    @rule(length=st.integers(0, 13), max_tokens=st.integers(0, 6))
-    def add(self, length: int, max_tokens: int) -> None:
-        self.keys += 1
-        if self.made.add(order(self.keys, length, max_tokens)) is None:
-            self.open.add(self.keys)
-            self.known[self.keys] = length
-
-    @rule(key=st.integers(1, 20))
-    def cancel(self, key: int) -> None:
-        self.made.cancel(key)
-        self.open.discard(key)
-
-    @rule(token=st.sampled_from([50, 50, 50, STOP, None]))
-    def step(self, token: int | None) -> None:
-        scheduled = self.made.schedule()
-        if scheduled is None:
-            assert not self.open
-            return
-        segments = scheduled.plan.segments
-        assert len({part.slot for part in segments}) == len(segments) <= 2
-        assert sum(part.length for part in segments) == len(scheduled.plan.ids)
-        prefilled = [
-            part.length
-            for part, sequence in zip(segments, scheduled.sequences, strict=True)
-            if not sequence.in_decode
-        ]
-        assert sum(prefilled) <= 4
-        assert all(part.end <= 12 for part in segments)
-        for output in self.made.complete(scheduled, [token] * len(scheduled.sampled)):
-            assert output.key in self.open
-            if output.finish or output.error:
-                self.open.discard(output.key)
-
-    @invariant()
-    def idle_means_that_nothing_is_open(self) -> None:
-        assert self.made.idle == (not self.open)
+def test_a_pool_that_cannot_hold_one_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="7 blocks of 4 tokens cannot hold 32 tokens"):
+        scheduler(blocks=7)
 
 
-TestAnyTraffic = AnyTraffic.TestCase
+# --- many sequences ---
+
+
+def test_a_waiting_sequence_gets_the_place_that_is_left() -> None:
+    made = scheduler(max_running=1)
+    made.add(order(1, max_tokens=1))
+    made.add(order(2))
+    first = planned(made)
+    assert keys(first) == [1]
+    assert (made.running, made.waiting) == (1, 1)
+    made.complete(first, said(50))
+    assert keys(planned(made)) == [2]
+
+
+def test_no_more_run_than_may_and_all_come_to_their_turn() -> None:
+    made = scheduler(max_running=3, prefill_chunk=64)
+    for key in range(1, 8):
+        made.add(order(key, max_tokens=2))
+    seen = []
+    while not made.idle:
+        scheduled = planned(made)
+        assert len(scheduled.sequences) == made.running <= 3
+        seen += [key for key in keys(scheduled) if key not in seen]
+        made.complete(scheduled, said(*[50] * len(scheduled.sampled)))
+    assert seen == list(range(1, 8)), "first come, first served"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3], ids=["waiting", "prefill", "decode"])
+def test_a_cancelled_sequence_is_in_no_later_step(steps: int) -> None:
+    made = scheduler()
+    made.add(order(1, length=6, max_tokens=20))
+    for _ in range(steps):
+        step(made)
+    made.cancel(1)
+    assert made.idle
+    assert made.pool.held == 0
+    assert made.schedule() is None
+    made.cancel(1)  # a second time, as when it had finished
+    made.add(order(2))
+    assert [(part.start, part.length) for part in planned(made).plan.segments] == [(0, 3)]
+
+
+def test_decode_comes_before_prefill_and_prompts_share_the_chunk() -> None:
+    made = scheduler()
+    made.add(order(1, length=2, max_tokens=20))
+    step(made)
+    made.add(order(2, length=3))
+    made.add(order(3, length=6))
+    scheduled = planned(made)
+    assert keys(scheduled) == [1, 2, 3]
+    assert [part.length for part in scheduled.plan.segments] == [1, 3, 1]
+    assert scheduled.plan.wanted == [0, 3]
+    assert (scheduled.decoding, scheduled.prefill) == (1, 4)
+    assert [output.key for output in made.complete(scheduled, said(51, 52))] == [1, 2]
+
+
+def test_beside_those_who_decode_a_prompt_goes_on_by_what_the_pace_allows() -> None:
+    made = scheduler(blocks=300, context=1100, prefill_chunk=512)
+    made.add(order(1, length=2, max_tokens=50))
+    step(made)
+    made.add(order(2, length=1000))
+    assert planned(made).prefill == UNKNOWN, "of the first steps nothing is known"
+    made.pace.made(0.010, 1, 0)
+    made.pace.made(0.010 + 0.1, 1, 1000)  # a tenth of a millisecond for a token of a prompt
+    scheduled = planned(made)
+    assert (scheduled.decoding, scheduled.prefill) == (1, 120)
+    assert scheduled.sampled == scheduled.sequences[:1]
+    made.cancel(1)
+    assert planned(made).prefill == 512, "nobody decodes"
+
+
+def test_a_sequence_that_has_waited_too_long_is_told_that_it_is_busy() -> None:
+    clock = Clock()
+    made = scheduler(clock, max_running=1, max_wait_s=5.0)
+    made.add(order(1, max_tokens=20))
+    step(made)
+    made.add(order(2))
+    clock.now = 3.0
+    made.add(order(3))
+    clock.now = 5.0
+    assert made.expired() == []
+    clock.now = 5.5
+    (late,) = made.expired()
+    assert (late.key, late.code, late.ids) == (2, "busy", [])
+    assert late.error == "it waited 5 s and could not start"
+    assert (made.running, made.waiting) == (1, 1), "who runs has started, and who came later still may"
+
+
+def test_whoever_has_started_does_not_expire_even_if_it_had_to_give_way() -> None:
+    clock = Clock()
+    made = scheduler(clock, blocks=8, max_wait_s=5.0)
+    for key in (1, 2):
+        made.add(order(key, length=3, max_tokens=28, reserve=1))
+    while not made.counts.preempted:
+        step(made)
+    clock.now = 100.0
+    assert made.waiting == 1
+    assert made.expired() == []
+
+
+# --- what fails ---
+
+
+def test_a_broken_step_fails_the_sequences_in_it_only() -> None:
+    made = scheduler(max_running=1)
+    made.add(order(1))
+    made.add(order(2))
+    assert made.fail(planned(made), "why") == [Output(key=1, ids=[], error="why")]
+    assert keys(planned(made)) == [2]
+
+
+def test_those_who_were_not_in_a_broken_step_are_computed_anew() -> None:
+    """Its copies and writes may have happened or not, so nothing of the cache is believed any more."""
+    made = scheduler(prefill_chunk=6)
+    made.add(order(1, length=6, max_tokens=20))
+    step(made)  # the first one decodes; its next step is full of the two prompts
+    made.add(order(2, ids=[60] * 12))
+    made.add(order(3, ids=[70] * 12))
+    while (scheduled := planned(made)) and 3 in keys(scheduled):
+        made.complete(scheduled, said(*[50] * len(scheduled.sampled)))
+    assert keys(scheduled) == [1, 2], "the third one runs, and this step has no room for it"
+    assert [output.key for output in made.fail(scheduled, "why")] == [1, 2]
+    scheduled = planned(made)
+    assert keys(scheduled) == [3]
+    assert scheduled.plan.segments[0].start == 0
+    assert made.pool.idle == 0
+
+
+def test_a_lost_device_fails_everything() -> None:
+    made = scheduler(max_running=1)
+    made.add(order(1))
+    made.add(order(2))
+    planned(made)
+    assert [output.key for output in made.fail_all("why")] == [1, 2]
+    assert made.idle
+    assert made.pool.held == 0
+
+
+# --- the prefix cache ---
+
+
+def test_a_prompt_that_was_seen_before_is_not_computed_again() -> None:
+    made = scheduler(context=64, prefill_chunk=64)
+    prompt = list(range(20, 37))
+    made.add(order(1, ids=prompt))
+    finish(made)
+    made.add(order(2, ids=[*prompt, 60, 61]))
+    scheduled = planned(made)
+    assert [(part.start, part.length) for part in scheduled.plan.segments] == [(17, 2)]
+    assert [(copy.count) for copy in scheduled.plan.copies] == [1], "the block that they share in part"
+    (output,) = made.complete(scheduled, said(50))
+    assert output.cached_tokens == 17
+    assert step(made)[0].cached_tokens is None, "it is told once"
+    counts = made.take_counts()
+    assert (counts.queried, counts.hit) == (17 + 19, 17)
+    assert made.take_counts().queried == 0
+
+
+def test_the_last_token_of_a_known_prompt_is_computed_all_the_same() -> None:
+    made = scheduler(context=64, prefill_chunk=64)
+    prompt = list(range(20, 36))
+    for key in (1, 2):
+        made.add(order(key, ids=prompt))
+        scheduled = planned(made)
+        made.complete(scheduled, said(STOP))
+    assert [(part.start, part.length) for part in scheduled.plan.segments] == [(15, 1)]
+
+
+def test_a_reply_is_known_to_the_turn_that_follows_it() -> None:
+    made = scheduler(context=64, prefill_chunk=64)
+    made.add(order(1, ids=[20] * 6, max_tokens=6))
+    finish(made, 50)
+    made.add(order(2, ids=[20] * 6 + [50] * 6 + [30] * 4))
+    scheduled = planned(made)
+    assert scheduled.plan.segments[0].start == 11, "all but the last sampled token, which nobody computed"
+
+
+def test_whoever_shares_a_block_only_reads_it() -> None:
+    made = scheduler(context=64, prefill_chunk=64)
+    prompt = list(range(20, 29))
+    made.add(order(1, ids=prompt, max_tokens=20))
+    step(made)
+    made.add(order(2, ids=[*prompt[:8], 70]))
+    scheduled = planned(made)
+    assert scheduled.plan.segments[0].runs[0] == (0, 10)
+    _, second = scheduled.plan.segments
+    assert second.start == 8
+    assert second.runs[0] == (0, 8)
+    assert made.pool.held == 8 - 2 + 4, "two blocks are held twice"
+
+
+def test_eight_who_begin_alike_compute_the_beginning_once() -> None:
+    made = scheduler(blocks=200, size=16, context=256, prefill_chunk=64)
+    shared = [(3 * index) % 90 for index in range(160)]
+    for key in range(8):
+        made.add(order(key, ids=[*shared, 90 + key], max_tokens=3))
+    computed = 0
+    hits = {}
+    while not made.idle:
+        scheduled = planned(made)
+        computed += scheduled.prefill
+        for output in made.complete(scheduled, said(*[50] * len(scheduled.sampled))):
+            hits.setdefault(output.key, output.cached_tokens)
+    assert computed == 160 + 8
+    assert hits == {0: 0, **dict.fromkeys(range(1, 8), 160)}
+
+
+def test_only_those_are_held_back_whose_beginning_is_being_computed() -> None:
+    made = scheduler(context=64, prefill_chunk=4)
+    long = list(range(20, 40))
+    made.add(order(1, ids=long))
+    made.add(order(2, ids=[*long[:10], 60, 61]))
+    made.add(order(3, ids=[70, 71]))
+    step(made)
+    assert [sequence.key for sequence in made._running] == [1, 3]
+    for _ in range(2):
+        step(made)
+    assert made._waiting == type(made._waiting)(), "what it shares in whole blocks is known after two chunks"
+
+
+def test_without_a_cache_nobody_is_held_back_and_nothing_is_counted_as_known() -> None:
+    made = scheduler(context=64, prefill_chunk=64, caching=False)
+    for key in (1, 2):
+        made.add(order(key, ids=list(range(20, 40))))
+    scheduled = planned(made)
+    assert [part.length for part in scheduled.plan.segments] == [20, 20]
+    assert [output.cached_tokens for output in made.complete(scheduled, said(50, 50))] == [0, 0]
+    assert made.take_counts().hit == 0
+    finish(made)
+    assert made.pool.idle == 0
+
+
+def test_a_conversation_of_many_turns_beside_others_lies_in_few_runs() -> None:
+    """Each turn's blocks are taken where there is room just then, between those of others."""
+    made = scheduler(blocks=1500, context=1000, prefill_chunk=1000, max_running=8)
+    history: list[int] = []
+    most = moved = 0
+    for turn in range(12):
+        history += [20 + turn] * 30
+        key = 100 + turn
+        made.add(order(key, ids=list(history), max_tokens=8))
+        made.add(order(turn, ids=[60 + turn] * 40, max_tokens=400))  # one that stays
+        made.add(order(50 + turn, ids=[40 + turn] * 21, max_tokens=3))  # and one that goes
+        while any(sequence.key == key for sequence in [*made._running, *made._waiting]):
+            scheduled = planned(made)
+            moved += sum(copy.count == SIZE for copy in scheduled.plan.copies)
+            for sequence, segment in zip(scheduled.sequences, scheduled.plan.segments, strict=True):
+                if sequence.key == key:
+                    most = max(most, len(segment.runs))
+            made.complete(scheduled, said(*[50] * len(scheduled.sampled)))
+        history += [50] * 7
+        if turn % 3 == 2:
+            made.cancel(turn - 1)
+    assert most <= MOST_RUNS
+    assert 0 < moved < 12 * len(history) / SIZE / 2, "now and then, and not in every turn"
+    counts = made.take_counts()
+    assert counts.preempted == 0
+    assert counts.hit > counts.queried / 2
+
+
+# --- room ---
+
+
+def test_memory_for_the_whole_request_is_set_aside_before_it_starts() -> None:
+    made = scheduler(blocks=10)
+    for key in (1, 2):
+        made.add(order(key, length=3, max_tokens=20))  # six blocks each
+    assert keys(planned(made)) == [1]
+    assert (made.running, made.waiting) == (1, 1)
+    finish(made)
+    assert made.counts.preempted == 0
+
+
+def test_a_smaller_reserve_lets_more_start_and_whoever_came_last_gives_way() -> None:
+    made = scheduler(blocks=10)
+    for key in (1, 2):
+        made.add(order(key, length=3, max_tokens=20, reserve=2))
+    texts: dict[int, list[int]] = {1: [], 2: []}
+    gave_way: set[int] = set()
+    token = 50
+    while not made.idle:
+        scheduled = planned(made)
+        gave_way |= {sequence.key for sequence in made._waiting}
+        token = 10 + (token + 1) % 80
+        for output in made.complete(scheduled, said(*[token] * len(scheduled.sampled))):
+            texts[output.key] += output.ids
+    assert gave_way == {2}
+    assert made.counts.preempted == 1
+    assert [len(text) for text in texts.values()] == [20, 20]
+
+
+def test_whoever_stays_within_its_reserve_is_never_made_to_give_way() -> None:
+    made = scheduler(blocks=10)
+    made.add(order(1, length=3, max_tokens=28, reserve=1))
+    made.add(order(2, length=3, max_tokens=20))  # comes last, and has all that it may need
+    finished = []
+    while not made.idle:
+        finished += [output.key for output in step(made) if output.finish]
+    assert finished == [2, 1]
+    assert made.counts.preempted >= 1
+
+
+def test_a_sequence_that_gave_way_goes_on_where_it_was() -> None:
+    made = scheduler(blocks=8, prefill_chunk=64)
+    for key in (1, 2):
+        made.add(order(key, length=3, max_tokens=26, reserve=1))
+    lengths: dict[int, int] = {1: 0, 2: 0}
+    sequences: dict[int, Sequence] = {}
+    hits = []
+    while not made.idle:
+        scheduled = planned(made)
+        sequences |= {sequence.key: sequence for sequence in scheduled.sequences}
+        for output in made.complete(scheduled, said(*range(50, 50 + len(scheduled.sampled)))):
+            lengths[output.key] += len(output.ids)
+            hits.append((output.key, output.cached_tokens))
+    assert made.counts.preempted > 0
+    assert lengths == {1: 26, 2: 26}
+    assert [sequence.generated for sequence in sequences.values()] == [26, 26]
+    assert [hit for hit in hits if hit[1] is not None] == [(1, 0), (2, 0)], "what it found again is no hit"
+    assert made.counts.hit == 0

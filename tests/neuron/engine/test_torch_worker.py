@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from cortex.hookspecs import Sampling
 from cortex.neuron.engine import entry
 from cortex.neuron.engine.messages import (
+    Broken,
     Cancel,
     Generate,
     Load,
@@ -29,6 +32,7 @@ from cortex.neuron.engine.messages import (
     Ready,
     Report,
     Step,
+    Threads,
     Unframer,
     decode_report,
     frame,
@@ -142,18 +146,24 @@ def worker(started: Worker, tiny_model: Path) -> Worker:
     return started
 
 
+def spoil(tiny_model: Path, folder: Path) -> None:
+    """A copy of the model with one weight that is not a number."""
+    for file in tiny_model.iterdir():
+        if file.suffix == ".safetensors":
+            weights = load_file(file)
+            weights["model.norm.weight"][3] = float("nan")
+            save_file(weights, folder / file.name)
+        else:
+            shutil.copy(file, folder)
+
+
 def greedy(path: Path, ids: list[int], count: int) -> list[int]:
     """What the model itself says, without the engine around it."""
-    made = load_runner(
-        path,
-        Placement(torch.device("cpu"), "float32"),
-        slots=1,
-        context=2048,
-        report=lambda done, total: None,
-    )
+    placement = Placement(torch.device("cpu"), "float32")
+    made = load_runner(path, placement, cache_rows=2048, report=lambda done, total: None)
     ids = list(ids)
     for _ in range(count):
-        logits = made.logits(StepPlan(ids, [Segment(0, 0, len(ids))], [len(ids) - 1]))
+        logits = made.logits(StepPlan(ids, [Segment(0, len(ids), [(0, len(ids))])], [len(ids) - 1]))
         ids.append(int(logits.argmax()))
     return ids[-count:]
 
@@ -166,7 +176,7 @@ def test_a_load_reports_its_progress_and_its_size(started: Worker, tiny_model: P
     assert isinstance(report, Ready)
     with open_checkpoint(tiny_model) as checkpoint:
         assert report.weight_bytes == read_shape(checkpoint).weight_bytes("float32")
-    assert report.cache_bytes == 2048 * 2 * 2 * 2 * 8 * 4
+    assert report.cache_bytes == 4096 * 2 * 2 * 2 * 8 * 4
     assert told[-1].done == told[-1].total > 0
     assert [report.done for report in told] == sorted(report.done for report in told)
 
@@ -195,8 +205,103 @@ def test_a_seed_repeats_and_another_does_not(worker: Worker) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_sequence_that_is_cancelled_in_prefill_makes_room_at_once(worker: Worker) -> None:
-    """The second waits for the only slot; it can only speak before the first if that one is gone."""
+def test_eight_at_once_say_what_they_say_alone(worker: Worker) -> None:
+    lengths = (1, 40, 3, 90, 17, 200, 64, 33)
+    settings: list[dict[str, Any]] = [{}, {"temperature": 1.2, "seed": 4}, {"repetition_penalty": 1.3}, {}]
+
+    def orders(first: int) -> list[Generate]:
+        return [
+            generate(first + index, length, 20, **settings[index % 4]) for index, length in enumerate(lengths)
+        ]
+
+    alone = []
+    for order in orders(1):
+        worker.send(order)
+        alone.append(worker.answer(order.key)[0])
+    together = orders(11)
+    worker.send(*together)
+    texts: dict[int, list[int]] = {order.key: [] for order in together}
+    most = 0
+    while len(texts) > most:
+        step = worker.report()
+        assert isinstance(step, Step)
+        assert step.done is not None
+        assert step.done.running <= 8
+        for output in step.outputs:
+            texts[output.key] += output.ids
+            most += output.finish is not None
+    assert list(texts.values()) == alone
+    assert (step.done.running, step.done.waiting, step.done.cache_used_tokens) == (0, 0, 0)
+
+
+def test_a_cache_that_is_too_small_for_all_gives_the_same_texts(started: Worker, tiny_model: Path) -> None:
+    """A reserve of one token lets all start, and most of them have to give way and start again."""
+    started.send(load(tiny_model, context=256, cache_tokens=256))
+    while not isinstance(started.report(), Ready):
+        pass
+    orders = [generate(key, 10 * key, 70, reserve=1) for key in range(1, 6)]
+    started.send(*orders)
+    texts: dict[int, list[int]] = {order.key: [] for order in orders}
+    preempted = ended = 0
+    while ended < len(orders):
+        step = started.report()
+        assert isinstance(step, Step)
+        assert step.done is not None
+        preempted += step.done.preemptions
+        for output in step.outputs:
+            texts[output.key] += output.ids
+            ended += output.finish is not None
+    assert preempted >= 1
+    assert texts == {order.key: greedy(tiny_model, order.ids, 70) for order in orders}
+
+
+def test_the_turn_that_follows_finds_what_the_turn_before_left(worker: Worker) -> None:
+    first = generate(1, length=50, max_tokens=10)
+    worker.send(first)
+    outputs = []
+    for output in worker.outputs():
+        outputs.append(output)
+        if output.finish:
+            break
+    assert [output.cached_tokens for output in outputs] == [0, *[None] * 9]
+    said = [token for output in outputs for token in output.ids]
+    worker.send(Generate(key=2, request_id="r2", ids=[*first.ids, *said, 5, 6], sampling=first.sampling))
+    assert next(worker.outputs()).cached_tokens == 59
+
+
+def test_threads_are_the_nodes_to_change_while_it_works(worker: Worker) -> None:
+    worker.send(generate(1, length=3, max_tokens=300), Threads(threads=2))
+    before = next(worker.outputs())
+    worker.send(Threads(threads=1))
+    assert before.ids
+    assert worker.answer(1)[1].finish == "length"
+
+
+def test_damaged_weights_are_told_and_end_the_worker(
+    started: Worker, tiny_model: Path, tmp_path: Path
+) -> None:
+    spoil(tiny_model, tmp_path)
+    started.send(load(tmp_path))
+    while not isinstance(started.report(), Ready):
+        pass
+    started.send(generate(1, length=20), generate(2, length=3))
+    outputs = started.outputs()
+    assert [next(outputs).key for _ in range(2)] == [1, 2]
+    report = started.report()
+    assert isinstance(report, Broken)
+    assert "not numbers" in report.reason
+    assert started.report() is None
+    assert started.close() == 0
+
+
+def test_a_sequence_that_is_cancelled_in_prefill_makes_room_at_once(
+    started: Worker, tiny_model: Path
+) -> None:
+    """The second waits for the only place; it can only speak before the first if that one is gone."""
+    started.send(load(tiny_model, max_running=1))
+    while not isinstance(started.report(), Ready):
+        pass
+    worker = started
     worker.send(generate(1, length=2000), generate(2, length=3))
     worker.send(Cancel(key=1))
     spoke = []
@@ -207,7 +312,11 @@ def test_a_sequence_that_is_cancelled_in_prefill_makes_room_at_once(worker: Work
     assert spoke == [2] * 5
 
 
-def test_a_sequence_that_is_cancelled_in_decode_makes_room_at_once(worker: Worker) -> None:
+def test_a_sequence_that_is_cancelled_in_decode_makes_room_at_once(started: Worker, tiny_model: Path) -> None:
+    started.send(load(tiny_model, max_running=1))
+    while not isinstance(started.report(), Ready):
+        pass
+    worker = started
     worker.send(generate(1, length=3, max_tokens=2000), generate(2, length=3))
     outputs = worker.outputs()
     assert next(outputs).key == 1
@@ -234,7 +343,9 @@ def test_what_cannot_be_run_is_refused_and_the_worker_goes_on(worker: Worker) ->
         (lambda content: b"\xff" * 8 + content[8:], {}, "a header of"),
         (bytes, {"dtype": "int3"}, "The dtype 'int3' is unknown"),
         (bytes, {"context": 9000}, "cannot serve a context of 9000"),
-        (bytes, {"world": 2}, "over 2 devices"),
+        # Whether a model can be divided is found out by whoever plans a load, the meeting by the worker.
+        (bytes, {"world": 2, "meeting": "nowhere"}, "could not be loaded (RuntimeError: No rendezvous"),
+        (bytes, {"cache_tokens": 2047}, "A cache of 2047 tokens"),
         (bytes, {"threads": 0}, "could not be loaded"),
     ],
 )

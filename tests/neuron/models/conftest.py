@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cortex.neuron.models.llama import build
+from cortex.neuron.models.shape import ModelShape, Rope
+from cortex.neuron.nn.placement import Dtype, Placement
 
 VOCAB = 199
 
@@ -61,3 +66,50 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tiny]:
         return Tiny(directory, model)
 
     return make
+
+
+# --- a CUDA device that is not there --------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def cuda_shape() -> ModelShape:
+    return ModelShape(
+        architecture="qwen2",
+        layers=2,
+        hidden=48,
+        heads=6,
+        kv_heads=2,
+        head_dim=8,
+        intermediate=80,
+        vocab=199,
+        max_position=256,
+        rope=Rope(10000.0),
+        norm_eps=1e-6,
+        tied=True,
+        qkv_bias=True,
+        output_bias=False,
+        mlp_bias=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def fake_model(cuda_shape: ModelShape) -> Iterator[Callable[[Dtype], Any]]:
+    """Makes filled models on it; under the mode that makes all tensors fake."""
+    device = torch.device("cuda", 0)
+
+    def make(dtype: Dtype) -> Any:
+        model = build(cuda_shape, Placement(device, dtype))
+        for module in model.modules():
+            parameters: Mapping[str, Tensor] = dict(module.named_parameters(recurse=False))
+            if parameters:
+                host = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in parameters.items()}
+                filled: Any = module
+                filled.fill(host)
+        assert all(parameter.device == device for parameter in model.parameters())
+        return model
+
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
+        # A build without CUDA has no device guard, which the method asks for and the operator does not.
+        copy = torch.ops.aten.copy_.default
+        patch.setattr(torch.Tensor, "copy_", lambda target, source: copy(target, source))
+        yield make

@@ -11,12 +11,16 @@ from gguf import GGUFWriter
 from torch import Tensor
 
 from cortex.neuron.engine.runner import Runner, load_runner
-from cortex.neuron.models.shape import read_shape
+from cortex.neuron.models.shape import ModelShape, read_shape
+from cortex.neuron.nn import matrix
 from cortex.neuron.nn.placement import Dtype, Placement
-from cortex.neuron.nn.plan import Segment, StepPlan
+from cortex.neuron.nn.plan import Copy, Run, Segment, StepPlan, parts
 from cortex.neuron.weights.checkpoint import open_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),  # what FBGEMM takes, deprecated
+]
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -54,18 +58,22 @@ def expected(tiny: Any) -> Tensor:
     return found
 
 
-def runner(path: Path, dtype: Dtype = "float32", slots: int = 1) -> Runner:
+CACHE = 400
+
+
+def runner(path: Path, dtype: Dtype = "float32") -> Runner:
     placement = Placement(torch.device("cpu"), dtype)
-    return load_runner(path, placement, slots=slots, context=200, report=lambda done, total: None)
+    return load_runner(path, placement, cache_rows=CACHE, report=lambda done, total: None)
 
 
-def in_chunks(made: Runner, ids: list[int], chunks: list[int], slot: int = 0) -> Tensor:
-    """Logits of every token, computed in chunks of these lengths."""
+def in_chunks(made: Runner, ids: list[int], chunks: list[int], runs: list[Run] | None = None) -> Tensor:
+    """Logits of every token, computed in chunks of these lengths; all in a row unless `runs` says where."""
     found = []
     start = 0
     for length in chunks:
         part = ids[start : start + length]
-        found.append(made.logits(StepPlan(part, [Segment(slot, start, length)], list(range(length)))))
+        segment = Segment(start, length, parts(runs or [(0, CACHE)], 0, start + length))
+        found.append(made.logits(StepPlan(part, [segment], list(range(length)))))
         start += length
     assert start == len(ids)
     return torch.cat(found)
@@ -78,42 +86,105 @@ def test_logits_are_those_of_transformers_in_any_chunks(tiny: Any, expected: Ten
         assert (in_chunks(made, IDS, chunks) - expected).abs().max() <= 1e-4
 
 
-def test_packed_logits_are_close_and_as_independent_of_chunks(tiny: Any, expected: Tensor) -> None:
-    made = runner(tiny.directory, "packed16")
+@pytest.mark.parametrize("runs", [[(7, 1), (3, 1), (20, 300)], [(300, 70), (90, 50), (10, 30)]])
+def test_it_does_not_matter_where_the_cache_has_the_tokens(
+    tiny: Any, expected: Tensor, runs: list[Run]
+) -> None:
+    made = runner(tiny.directory)
+    for chunks in ([150], [64, 64, 22], [100] + 50 * [1]):
+        assert (in_chunks(made, IDS, chunks, runs) - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "amx", "most", "most_by_chunks"),
+    [
+        ("packed16", False, 0.02, 1e-4),
+        # Fixed-point activations round away the last bits in which chunks differ, and now and then one of
+        # them falls to the other side: a step of 2^-15 of the largest activation, not of its own size.
+        ("packed16", True, 0.02, 5e-3),
+        ("int8", True, 0.15, 5e-3),
+    ],
+)
+def test_packed_logits_are_close_and_as_independent_of_chunks(
+    tiny: Any, expected: Tensor, dtype: Dtype, amx: bool, most: float, most_by_chunks: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matrix, "has_matrix_unit", lambda: amx)
+        made = runner(tiny.directory, dtype)
     whole = in_chunks(made, IDS, [150])
-    assert (whole - expected).abs().max() <= 0.02 * expected.abs().max()
-    assert (in_chunks(made, IDS, [60, 70] + 20 * [1]) - whole).abs().max() <= 1e-4
+    assert (whole - expected).abs().max() <= most * expected.abs().max()
+    difference = in_chunks(made, IDS, [60, 70] + 20 * [1]) - whole
+    assert difference.abs().max() <= most_by_chunks
+    assert difference.norm() <= most_by_chunks / 10 * whole.norm()
 
 
 def test_batch_mates_change_nothing(tiny: Any, expected: Tensor) -> None:
     """Three sequences at different places of their text, in prefill and in decode, in one step."""
-    made = runner(tiny.directory, slots=3)
-    in_chunks(made, IDS[:40], [40], slot=2)
-    in_chunks(made, IDS[:7], [7], slot=0)
-    segments = [Segment(2, 40, 1), Segment(0, 7, 30), Segment(1, 0, 20)]
+    made = runner(tiny.directory)
+    in_chunks(made, IDS[:40], [40], [(200, 40)])
+    in_chunks(made, IDS[:7], [7], [(50, 5), (60, 2)])
+    segments = [
+        Segment(40, 1, [(200, 41)]),
+        Segment(7, 30, [(50, 5), (60, 20), (90, 12)]),
+        Segment(0, 20, [(300, 20)]),
+    ]
     ids = [IDS[40], *IDS[7:37], *IDS[:20]]
     logits = made.logits(StepPlan(ids, segments, [0, 30, 50]))
     assert (logits - expected[[40, 36, 19]]).abs().max() <= 1e-4
 
 
+def test_sequences_decode_from_a_prefix_that_they_share(tiny: Any, expected: Tensor) -> None:
+    """Each goes on from other tokens; one had a part of the prefix copied to rows of its own."""
+    made = runner(tiny.directory)
+    in_chunks(made, IDS[:64], [64], [(0, 64)])
+    segments = [
+        Segment(64, 1, [(0, 64), (100, 1)]),
+        Segment(50, 1, [(0, 48), (120, 3)]),
+        Segment(48, 1, [(0, 48), (130, 1)]),
+        Segment(64, 3, [(0, 64), (140, 3)]),
+    ]
+    plan = StepPlan(
+        [IDS[64], IDS[50], IDS[48], *IDS[64:67]], segments, [0, 1, 2, 5], [Copy(48, 120, 1), Copy(49, 121, 1)]
+    )
+    assert (made.logits(plan) - expected[[64, 50, 48, 66]]).abs().max() <= 1e-4
+
+
 def test_a_step_without_wanted_rows_gives_none(tiny: Any) -> None:
-    assert runner(tiny.directory).logits(StepPlan(IDS[:4], [Segment(0, 0, 4)], [])).shape == (0, 199)
+    assert runner(tiny.directory).logits(StepPlan(IDS[:4], [Segment(0, 4, [(0, 4)])], [])).shape == (0, 199)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "packed16"])
-def test_weights_take_what_the_shape_foretold(tiny: Any, dtype: Dtype) -> None:
-    made = runner(tiny.directory, dtype)
-    with open_checkpoint(tiny.directory) as checkpoint:
-        shape = read_shape(checkpoint)
-    assert made.weight_bytes == shape.weight_bytes(dtype)
-    assert made.cache_bytes == 200 * shape.kv_bytes_per_token
+def test_weights_take_what_the_shape_foretold(tiny: Any) -> None:
+    made = runner(tiny.directory)
+    shape = shape_of(tiny)
+    assert made.weight_bytes == shape.weight_bytes("float32")
+    assert made.cache_bytes == CACHE * shape.kv_bytes_per_token
     assert shape.max_position == 256
+
+
+@pytest.mark.parametrize("dtype", ["packed16", "int8"])
+def test_packed_weights_take_at_most_what_the_shape_foretold(tiny: Any, dtype: Dtype) -> None:
+    """Which form and kernel it will be is not known before the worker has its CPU."""
+    assert runner(tiny.directory, dtype).weight_bytes <= shape_of(tiny).weight_bytes(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["packed16", "int8"])
+def test_of_widths_that_models_have_not_much_more_is_foretold_than_taken(
+    make_tiny: Callable[..., Any], dtype: Dtype
+) -> None:
+    tiny = make_tiny("llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=1)
+    taken, foretold = runner(tiny.directory, dtype).weight_bytes, shape_of(tiny).weight_bytes(dtype)
+    # Foretold is FBGEMM's 16-bit form, which rounds 576 inputs up to 1024; on this CPU it may be another.
+    assert 0.6 * foretold <= taken <= foretold
+
+
+def shape_of(tiny: Any) -> ModelShape:
+    with open_checkpoint(tiny.directory) as checkpoint:
+        return read_shape(checkpoint)
 
 
 def test_a_window_ends_the_context_where_it_would_show(make_tiny: Callable[..., Any]) -> None:
     tiny = make_tiny("qwen2", use_sliding_window=True, sliding_window=60, max_window_layers=1)
-    with open_checkpoint(tiny.directory) as checkpoint:
-        assert read_shape(checkpoint).max_position == 60
+    assert shape_of(tiny).max_position == 60
     assert (in_chunks(runner(tiny.directory), IDS[:60], [60]) - tiny.logits(IDS[:60])).abs().max() <= 1e-4
 
 

@@ -71,10 +71,29 @@ def test_costs_follow_from_the_shape() -> None:
     assert shape.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
 
 
-def test_packed_matrices_are_padded_to_512_inputs_and_16_outputs() -> None:
+def test_16_bit_matrices_are_padded_to_512_inputs_and_16_outputs() -> None:
+    """Here, where rows are short, FBGEMM's form is the larger one of the two that it may become."""
     shape = read_shape(huggingface())
     layer = 512 * (96 + 64 + 256 + 64)
     expected = 2 * (1000 * 64 + 512 * 1008 + 2 * layer) + 4 * (2 * 2 * 64 + 64)
+    assert shape.weight_bytes("packed16") == expected
+
+
+def test_8_bit_matrices_are_padded_to_64_inputs_and_outputs() -> None:
+    """16 bytes an output are scales and sums; the head is 1000 outputs, fused qkv 96, gate and up 256."""
+    shape = read_shape(huggingface())
+    layer = (64 + 16) * (128 + 64 + 256) + (128 + 16) * 64
+    expected = 2 * 1000 * 64 + (64 + 16) * 1024 + 2 * layer + 4 * (2 * 2 * 64 + 64)
+    assert shape.weight_bytes("int8") == expected
+
+
+def test_16_bits_of_wide_matrices_take_what_two_planes_take() -> None:
+    """With whole blocks of inputs, planes and their scales are the larger form."""
+    shape = read_shape(huggingface(hidden_size=1024, intermediate_size=2048, head_dim=64))
+    pairs = [(1024, 12 * 64), (8 * 64, 1024), (1024, 2 * 2048), (2048, 1024)]
+    layer = sum(2 * (inputs + 16) * outputs for inputs, outputs in pairs)
+    head = 2 * (1024 + 16) * 1024
+    expected = 2 * 1000 * 1024 + head + 2 * layer + 4 * (2 * 2 * 1024 + 1024)
     assert shape.weight_bytes("packed16") == expected
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletion as OpenAICompletion
 
 from cortex.hookspecs import SamplingDefaults
-from cortex.neuron.text.chat import TextChat, collect
+from cortex.neuron.text.chat import TextChat
+from cortex.neuron.text.choices import collect
 from cortex.testing.scripted import ByteCodec, ScriptedEngine
 from cortex.wire.chat import ChatChunk, ChatCompletion, ChatRequest, convert, to_plain
 from cortex.wire.errors import BadRequest, ContextTooLong, CortexError, Internal
@@ -219,6 +221,18 @@ async def test_the_reply_is_as_long_as_wanted_and_as_fits(limit: Limit, wanted: 
 
 
 @pytest.mark.parametrize(
+    ("limit", "wanted", "reserve"),
+    [(WIDE, None, 512), (Limit(context=100), None, 80), (WIDE, 4000, None), (Limit(context=100), 4000, None)],
+)
+async def test_only_a_length_that_nobody_said_is_set_aside_in_part(
+    limit: Limit, wanted: Any, reserve: Any
+) -> None:
+    engine = ScriptedEngine("x")
+    await whole(engine, request(max_tokens=wanted), limit)
+    assert engine.prompts[0][2].reserve == reserve
+
+
+@pytest.mark.parametrize(
     ("limit", "longest"),
     [
         (Limit(context=20, input=20, output=20), 19),
@@ -256,7 +270,7 @@ async def test_a_prompt_far_too_long_is_not_even_encoded() -> None:
     "fields",
     [
         {"temperature": 3},
-        {"n": 2},
+        {"n": 17},
         {"stop": ""},
         {"max_tokens": 0},
         {"messages": []},
@@ -282,6 +296,29 @@ async def test_half_a_character_at_the_end_is_shown_as_one_that_is_missing() -> 
 
 async def test_tokens_of_a_prompt_are_counted() -> None:
     assert await chat_of(ScriptedEngine()).count(request()) == 20
+
+
+# --- cached prompt tokens -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached", [0, 16])
+@pytest.mark.parametrize("stop", [None, "H", "!"])
+async def test_cached_prompt_tokens_are_told_wherever_the_reply_ends(cached: int, stop: str | None) -> None:
+    engine = ScriptedEngine("Hi!")
+    engine.cached_tokens = cached
+    reply = to_plain(await whole(engine, request(stop=stop)))
+    assert reply["usage"]["prompt_tokens_details"] == {"cached_tokens": cached}
+    assert reply["usage"]["prompt_tokens"] == 20
+    OpenAICompletion.model_validate(reply)
+    asked = request(stop=stop, stream=True, stream_options={"include_usage": True})
+    last = to_plain((await chunks_of(engine, asked))[-1])
+    assert last["usage"] == reply["usage"]
+
+
+async def test_the_rate_of_prefill_counts_only_what_was_computed() -> None:
+    engine = ScriptedEngine("Hi!")
+    engine.cached_tokens = 15
+    assert to_plain(await whole(engine, request()))["timings"]["prompt_per_second"] == 500.0
 
 
 # --- stop strings ---------------------------------------------------------------------------------

@@ -96,9 +96,26 @@ def test_without_a_template_only_chat_is_refused(gguf_metadata: Metadata) -> Non
 
 def test_recommended_sampling_is_read(gguf_metadata: Metadata) -> None:
     assert codec_from_gguf(gguf_metadata()).defaults == SamplingDefaults()
-    recommended = {"temp": 0.5, "top_k": 20, "top_p": "odd", "min_p": 0.05}
+    recommended = {"temp": 0.5, "top_k": 20, "top_p": "odd", "min_p": 0.05, "penalty_repeat": 1.1}
     metadata = gguf_metadata() | {f"general.sampling.{name}": value for name, value in recommended.items()}
-    assert codec_from_gguf(metadata).defaults == SamplingDefaults(temperature=0.5, top_k=20, min_p=0.05)
+    assert codec_from_gguf(metadata).defaults == SamplingDefaults(
+        temperature=0.5, top_k=20, min_p=0.05, repetition_penalty=1.1
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), "odd"])
+def test_a_recommended_penalty_that_makes_no_sense_is_ignored(value: Any, gguf_metadata: Metadata) -> None:
+    metadata = gguf_metadata() | {"general.sampling.penalty_repeat": value}
+    assert codec_from_gguf(metadata).defaults == SamplingDefaults()
+
+
+def test_a_token_spells_its_bytes_and_a_special_one_its_name(gguf_metadata: Metadata) -> None:
+    metadata = gguf_metadata()
+    codec, tokens = codec_from_gguf(metadata), metadata["tokenizer.ggml.tokens"]
+    assert b"".join(map(codec.token_bytes, codec.encode("Grüße 🙂!"))) == "Grüße 🙂!".encode()
+    assert codec.token_bytes(tokens.index("<|im_end|>")) == b"<|im_end|>"
+    assert codec.token_bytes(tokens.index("<tool_call>")) == b"<tool_call>"
+    assert [codec.token_bytes(id) for id in (tokens.index("[PAD0]"), len(tokens), 10**9)] == [b"", b"", b""]
 
 
 def test_a_lone_surrogate_is_a_bad_request(gguf_metadata: Metadata) -> None:
@@ -161,12 +178,17 @@ def test_ends_come_from_every_file_that_names_some(directory: Callable[..., Path
     a, b, c, d = (id_of(token, path) for token in "abcd")
     directory(
         config={"eos_token_id": a, "text_config": {"eos_token_id": [b]}},
-        generation_config={"eos_token_id": [c, id_of("<|im_end|>", path)], "temperature": 0.6, "top_k": 50},
+        generation_config={
+            "eos_token_id": [c, id_of("<|im_end|>", path)],
+            "temperature": 0.6,
+            "top_k": 50,
+            "repetition_penalty": 1.05,
+        },
         tokenizer_config={"eos_token": {"content": "d", "special": True}},
     )
     codec = codec_from_directory(path)
     assert set(codec.stop_ids) == {a, b, c, d, id_of("<|im_end|>", path), id_of("<|endoftext|>", path)}
-    assert codec.defaults == SamplingDefaults(temperature=0.6, top_k=50)
+    assert codec.defaults == SamplingDefaults(temperature=0.6, top_k=50, repetition_penalty=1.05)
 
 
 def test_a_directory_adds_bos_only_where_it_says_so(directory: Callable[..., Path]) -> None:

@@ -7,7 +7,15 @@ import asyncio
 import pluggy
 import pytest
 
-from cortex.hookspecs import CortexHooks, EngineFactory, LoadOrder, Sampling, TokenBatch
+from cortex.hookspecs import (
+    CortexHooks,
+    EngineFactory,
+    EngineStep,
+    LoadOrder,
+    Sampling,
+    TokenBatch,
+    TokenLogprobs,
+)
 from cortex.testing.scripted import ByteCodec, ScriptedEngine, ScriptedFactory
 from cortex.wire.errors import Internal, LoadFailed
 from cortex.wire.node import Progress
@@ -37,6 +45,18 @@ async def test_max_tokens_cuts_a_reply() -> None:
     batches = await run(ScriptedEngine(lambda ids, sampling: [[1, 2], [3, 4]]), Sampling(max_tokens=3))
     assert [batch.ids for batch in batches] == [[1, 2], [3]]
     assert batches[-1].finish == "length"
+
+
+async def test_the_first_batch_tells_what_was_cached() -> None:
+    engine = ScriptedEngine("ab")
+    engine.cached_tokens = 5
+    assert [batch.cached_tokens for batch in await run(engine, Sampling(max_tokens=9))] == [5, None, None]
+
+
+async def test_each_token_has_log_probabilities_where_they_are_wanted() -> None:
+    batches = await run(ScriptedEngine("a"), Sampling(max_tokens=9, logprobs=2))
+    assert [batch.logprobs for batch in batches] == [[TokenLogprobs(97, -0.5, [(97, -0.5), (98, -1.5)])], []]
+    assert (await run(ScriptedEngine("a"), Sampling(max_tokens=9)))[0].logprobs is None
 
 
 async def test_sequences_run_side_by_side_and_are_counted() -> None:
@@ -85,6 +105,8 @@ def test_the_codec_is_its_own_inverse_and_knows_its_special_tokens() -> None:
     detokenizer = codec.detokenizer()
     text = "".join(detokenizer.feed([id]) for id in ids) + detokenizer.flush()
     assert text == "user\né\nassistant\n"
+    assert b"".join(map(codec.token_bytes, ids)) == prompt.encode()
+    assert [codec.token_bytes(id) for id in (-1, 258)] == [b"", b""]
 
 
 async def test_a_factory_loads_with_progress_and_unloads() -> None:
@@ -98,6 +120,16 @@ async def test_a_factory_loads_with_progress_and_unloads() -> None:
     await model.close()
     assert factory.live == []
     assert await model.died() == "it was unloaded"
+
+
+async def test_a_model_tells_those_who_watch_of_its_steps() -> None:
+    factory, seen = ScriptedFactory(), list[EngineStep]()
+    await factory.load(factory.plan(ORDER), lambda progress: None)
+    (model,) = factory.models
+    model.report_step(EngineStep(decode_tokens=1))
+    model.watch(seen.append)
+    model.report_step(EngineStep(decode_tokens=2))
+    assert seen == [EngineStep(decode_tokens=2)]
 
 
 async def test_a_load_waits_for_its_hook_and_can_be_cancelled() -> None:

@@ -77,6 +77,30 @@ def test_two_shards_are_the_halves_of_the_whole(checkpoint: Checkpoint) -> None:
     assert torch.equal(torch.cat((halves[0][24:], halves[1][24:])), LOWER_NUMBERS)
 
 
+def test_columns_are_cut_from_every_row_and_joined_with_whole_ones(checkpoint: Checkpoint) -> None:
+    """Of quantized rows too, whose blocks need not end where the columns do."""
+    source = (Piece("lower", 4, 9, columns=(20, 50)), Piece("upper", columns=(34, 64)))
+    given = filled(checkpoint, Taker(w=(53, 30)), w=source)
+    assert torch.equal(given["w"], torch.cat((LOWER_NUMBERS[4:9, 20:50], torch.from_numpy(UPPER[:, 34:]))))
+
+
+def test_columns_of_two_ranks_are_the_whole_side_by_side(checkpoint: Checkpoint) -> None:
+    halves = [
+        filled(checkpoint, Taker(w=(48, 32)), w=(Piece("upper", columns=columns),))["w"]
+        for columns in [(0, 32), (32, 64)]
+    ]
+    assert torch.equal(torch.cat(halves, 1), torch.from_numpy(UPPER))
+
+
+def test_columns_of_long_rows_are_cut_chunk_by_chunk(checkpoint: Checkpoint) -> None:
+    told: list[tuple[int, int]] = []
+    taker = Taker(w=(3, 5))
+    source = (Piece("long", columns=(CHUNK - 5, CHUNK)),)
+    load(taker, {"w": source}, checkpoint, lambda done, total: told.append((done, total)))
+    assert torch.equal(taker.given[0]["w"], torch.ones(3, 5))
+    assert told[-1] == (3 * CHUNK * 2, 3 * CHUNK * 2)  # rows are read whole
+
+
 def test_rotary_halves_become_pairs_within_each_head(checkpoint: Checkpoint) -> None:
     given = filled(
         checkpoint, Taker(w=(48, 64), b=(48,)), w=(Piece("upper", pairs=12),), b=(Piece("vector", pairs=12),)
@@ -121,6 +145,15 @@ def test_modules_are_filled_in_file_order_whatever_the_tree(checkpoint: Checkpoi
         ((48, 32), whole("upper"), r"asks for \[48, 32\], the file has upper \[48, 64\]"),
         ((48, 64), (Piece("upper", 0, 49),), "tensor upper has 48 rows; rows 0 to 49 are needed"),
         ((48, 64), (Piece("upper", pairs=10),), "tensor upper has 48 rows"),
+        ((48, 65), (Piece("upper", columns=(0, 65)),), r"has 64 columns; columns \(0, 65\) are needed"),
+        ((48, 8), (Piece("upper", columns=(40, 32)),), r"has 64 columns; columns \(40, 32\) are needed"),
+        ((48, 8), (Piece("upper", columns=(-8, 0)),), r"has 64 columns; columns \(-8, 0\) are needed"),
+        ((48, 64), (Piece("upper", columns=(0, 32)),), r"asks for \[48, 64\]"),
+        (
+            (64, 32),
+            (Piece("upper", columns=(0, 32)), Piece("lower", columns=(0, 31))),
+            r"asks for \[64, 32\]",
+        ),
         ((48,), whole("upper"), r"tensor upper has the shape \[48, 64\]"),
         ((4, 256), whole("odd"), "tensor odd is stored as I8"),
     ],

@@ -1,63 +1,160 @@
-"""The KV cache: preallocated, one contiguous slot for each running sequence, fp32.
+"""The KV cache: rows of keys and values in fp32, preallocated, and attention over them in stock torch.
 
-Stores and attends for the layers; whoever plans the steps owns the slots. Knows no model.
+A sequence's rows lie in a few runs; what its queries see in each run is merged by log-sum-exp, so nothing is
+gathered and no mask is made. Whoever plans the steps owns the rows. Knows no model.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from cortex.neuron.nn.step import Span, Step
+from cortex.neuron.nn.plan import Copy
+from cortex.neuron.nn.step import Step, View
 
-
-class SlotCache:
-    """`slots` sequences of up to `context` tokens each, for every layer."""
-
-    def __init__(
-        self, layers: int, slots: int, kv_heads: int, width: int, context: int, device: torch.device
-    ) -> None:
-        stored = torch.empty(layers, slots, 2, 1, kv_heads, context, width, device=device)
-        self.nbytes = stored.nbytes
-        self.layers = [LayerSlots(layer, kv_heads) for layer in stored.unbind()]
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+"""Scales by 1 / sqrt(width) by itself, as `_plain` does; gives the log of the sum of exponentials too."""
 
 
-class LayerSlots:
-    """One layer of the cache, fp32 [slots, 2, 1, kv_heads, context, width]."""
+class RunCache:
+    """`rows` tokens for every layer, of as many sequences as they hold."""
 
-    def __init__(self, stored: Tensor, kv_heads: int) -> None:
-        self._slots = stored.unbind()
-        self._kv_heads = kv_heads
+    def __init__(self, layers: int, rows: int, kv_heads: int, width: int, device: torch.device) -> None:
+        self._stored = torch.empty(layers, rows, 2, kv_heads, width, device=device)
+        self.nbytes = self._stored.nbytes
+        self.layers = [LayerRuns(layer) for layer in self._stored.unbind()]
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copy rows of every layer, one order after the other."""
+        for source, target, count in _joined(copies):
+            self._stored.narrow(1, target, count).copy_(self._stored.narrow(1, source, count))
+
+
+def _joined(copies: Sequence[Copy]) -> list[tuple[int, int, int]]:
+    """Fewer, longer copies of the same effect: neighbours that go to neighbours go at once."""
+    joined: list[tuple[int, int, int]] = []
+    for copy in copies:
+        if joined:
+            source, target, count = joined[-1]
+            clear = abs(source - target) >= count + copy.count
+            if source + count == copy.source and target + count == copy.target and clear:
+                joined[-1] = (source, target, count + copy.count)
+                continue
+        joined.append((copy.source, copy.target, copy.count))
+    return joined
+
+
+class LayerRuns:
+    """One layer of the cache, fp32 [rows, 2, kv_heads, width]."""
+
+    def __init__(self, stored: Tensor) -> None:
+        self._stored = stored
+        _, _, self._kv_heads, self._width = stored.shape
+        self._scale = 1 / math.sqrt(self._width)
+        self._row = stored.stride(0)
+        self._offset = stored.storage_offset()
 
     def write(self, step: Step, keys_values: Tensor) -> None:
-        """Store fp32 [T, 2, kv_heads, width] at the positions of the step."""
-        for span in step.spans:
-            rows = keys_values.narrow(0, span.first, span.last - span.first)
-            slot = self._slots[span.slot].narrow(3, span.start, span.end - span.start)
-            slot.copy_(rows.permute(1, 2, 0, 3).unsqueeze(1))
+        """Store fp32 [T, 2, kv_heads, width] in the rows of the step."""
+        if step.first_slot is not None:
+            self._stored.narrow(0, step.first_slot, keys_values.shape[0]).copy_(keys_values)
+        else:
+            self._stored.index_copy_(0, step.slots, keys_values)
 
-    def attend(self, step: Step, queries: Tensor) -> Tensor:
+    def attend(self, step: Step, queries: Tensor, keys_values: Tensor) -> Tensor:
         """Causal attention of fp32 [T, heads, width] to all that is stored: [T, heads * width]."""
-        if len(step.spans) == 1:
-            return self._attend(step.spans[0], queries)
-        return torch.cat(
-            [self._attend(span, queries.narrow(0, span.first, span.last - span.first)) for span in step.spans]
-        )
-
-    def _attend(self, span: Span, queries: Tensor) -> Tensor:
-        keys, values = self._slots[span.slot].narrow(3, 0, span.end).unbind()
         rows, heads, width = queries.shape
+        if step.in_order:
+            seen = [self._look(view, queries, keys_values)[0] for view in step.views]
+            return (seen[0] if len(seen) == 1 else torch.cat(seen)).reshape(rows, heads * width)
+        merged = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        weights = queries.new_empty(rows, heads)
+        for view in step.views:
+            _merge(merged, weights, view, *self._look(view, queries, keys_values))
+        return merged.view(rows, heads * width)
+
+    def _look(self, view: View, queries: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """What the view's rows see: [n, heads, width], and the log of the sum of exp(score): [n, heads]."""
+        if view.rows is not None:
+            chosen = queries.index_select(0, view.rows)
+        else:
+            chosen = queries.narrow(0, view.first, view.last - view.first)
+        if view.causal:
+            keys, values = keys_values.narrow(0, view.first, view.length).unbind(1)
+            return _causal(chosen, keys, values, self._scale)
+        keys, values = self._run(view, 0), self._run(view, 1)
+        if chosen.device.type != "cpu":
+            keys, values = keys.squeeze(0).transpose(0, 1), values.squeeze(0).transpose(0, 1)
+            return _plain(chosen, keys, values, self._scale, causal=False)
+        return self._at_once(chosen, keys, values)
+
+    def _run(self, view: View, which: int) -> Tensor:
+        """Keys (0) or values (1) of a run: [1, kv_heads, length, width]."""
+        offset = self._offset + view.start * self._row + which * self._kv_heads * self._width
+        size = (1, self._kv_heads, view.length, self._width)
+        return self._stored.as_strided(size, (0, self._width, self._row, 1), offset)
+
+    def _at_once(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All rows and all heads of a group are the query rows of their KV head: nothing is expanded."""
+        rows, heads, width = queries.shape
+        kv_heads = self._kv_heads
+        group = heads // kv_heads
+        grouped = queries.reshape(rows, kv_heads, group, width)
         if rows == 1:
-            # The heads of a group are the query rows of their KV head: nothing is expanded.
-            grouped = queries.view(1, self._kv_heads, heads // self._kv_heads, width)
-            return F.scaled_dot_product_attention(grouped, keys, values).reshape(1, heads * width)
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(0, 1).unsqueeze(0),
-            keys,
-            values,
-            attn_mask=span.mask,
-            is_causal=span.mask is None,
-            enable_gqa=True,
-        )
-        return attended.squeeze(0).transpose(0, 1).reshape(rows, heads * width)
+            seen, weight = _flash(grouped, keys, values)
+            return seen.reshape(1, heads, width), weight.reshape(1, heads)
+        grouped = grouped.transpose(0, 1).reshape(1, kv_heads, rows * group, width)
+        seen, weight = _flash(grouped, keys, values)
+        seen = seen.view(kv_heads, rows, group, width).transpose(0, 1).reshape(rows, heads, width)
+        return seen, weight.view(kv_heads, rows, group).transpose(0, 1).reshape(rows, heads)
+
+
+def _causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Row i sees rows [0, i]. KV heads are the batch, so that a group shares them without a copy."""
+    if queries.device.type != "cpu":
+        return _plain(queries, keys, values, scale, causal=True)
+    rows, heads, width = queries.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    grouped = queries.view(rows, kv_heads, group, width).permute(1, 2, 0, 3)
+    shared = [run.transpose(0, 1).unsqueeze(1).expand(kv_heads, group, rows, width) for run in (keys, values)]
+    seen, weight = _flash(grouped, *shared, 0.0, True)
+    return seen.permute(2, 0, 1, 3).reshape(rows, heads, width), weight.permute(2, 0, 1).reshape(rows, heads)
+
+
+def _plain(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The same in plain operations, for every device."""
+    rows, heads, width = queries.shape
+    count, kv_heads, _ = keys.shape
+    grouped = queries.view(rows, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3)
+    scores = torch.matmul(grouped, keys.permute(1, 2, 0).unsqueeze(1)) * scale
+    if causal:
+        hidden = torch.ones(rows, count, dtype=torch.bool, device=queries.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    weight = scores.logsumexp(-1)
+    seen = torch.matmul((scores - weight.unsqueeze(-1)).exp(), values.transpose(0, 1).unsqueeze(1))
+    return seen.permute(2, 0, 1, 3).reshape(rows, heads, width), weight.permute(2, 0, 1).reshape(rows, heads)
+
+
+def _merge(merged: Tensor, weights: Tensor, view: View, seen: Tensor, weight: Tensor) -> None:
+    """Add what a view saw to what its rows saw before: softmax over both, by their log-sum-exp."""
+    if view.rows is not None:
+        before, known = merged.index_select(0, view.rows), weights.index_select(0, view.rows)
+    else:
+        count = view.last - view.first
+        before, known = merged.narrow(0, view.first, count), weights.narrow(0, view.first, count)
+    if not view.fresh:
+        part = torch.sigmoid(weight - known).unsqueeze(-1)
+        seen = torch.lerp(before, seen, part)
+        weight = torch.logaddexp(known, weight)
+    if view.rows is not None:
+        merged.index_copy_(0, view.rows, seen)
+        weights.index_copy_(0, view.rows, weight)
+    else:
+        before.copy_(seen)
+        known.copy_(weight)

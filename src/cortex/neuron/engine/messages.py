@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from cortex.hookspecs import EngineTimings, Sampling
+from cortex.hookspecs import EngineStep, EngineTimings, Sampling, TokenLogprobs
 
 MAX_MESSAGE: Final = 64 * 2**20
 """Bytes. A longer message is a broken peer."""
@@ -26,7 +26,7 @@ class Load(_Message, frozen=True, kw_only=True, tag="load"):
 
     path: str
     dtype: str
-    """`float32`, or `packed16` (weights in packed fp16, activations fp32)."""
+    """The form of the weights: `packed16`, `int8` or `float32`."""
     device: str
     """`cpu`, or a CUDA device's uuid."""
     context: int
@@ -35,8 +35,13 @@ class Load(_Message, frozen=True, kw_only=True, tag="load"):
     """Tokens that the whole KV cache holds."""
     prefill_chunk: int
     threads: int
+    max_running: int = 8
+    max_wait_s: float | None = None
+    prefix_cache: bool = True
     rank: int = 0
     world: int = 1
+    meeting: str = ""
+    """Where the ranks of a model find each other: the address of torch.distributed's store."""
     options: Mapping[str, Any] = {}
 
 
@@ -55,7 +60,13 @@ class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):
     key: int
 
 
-Order = Load | Generate | Cancel
+class Threads(_Message, frozen=True, kw_only=True, tag="threads"):
+    """Compute with at most so many CPU threads from now on."""
+
+    threads: int
+
+
+Order = Load | Generate | Cancel | Threads
 
 
 class LoadProgress(_Message, frozen=True, kw_only=True, tag="load_progress"):
@@ -87,15 +98,27 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, arra
     timings: EngineTimings | None = None
     error: str | None = None
     """The sequence failed; the engine goes on."""
+    code: str | None = None
+    """Of an error: `busy` if it never started, else none."""
+    cached_tokens: int | None = None
+    """On the first output."""
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class Step(_Message, frozen=True, kw_only=True, tag="step"):
-    """All outputs of one step."""
+    """All outputs of one step, and what it did; refusals come without a step."""
 
     outputs: list[Output]
+    done: EngineStep | None = None
 
 
-Report = LoadProgress | Ready | LoadRefused | Step
+class Broken(_Message, frozen=True, kw_only=True, tag="broken"):
+    """The engine cannot go on; the worker ends after it. `reason` follows "it"."""
+
+    reason: str
+
+
+Report = LoadProgress | Ready | LoadRefused | Step | Broken
 
 _order_decoder: Final = msgspec.msgpack.Decoder(Order)
 _report_decoder: Final = msgspec.msgpack.Decoder(Report)

@@ -1,17 +1,19 @@
 """Runs the model on step plans: plan to tensors to the logits of the wanted rows.
 
-Owns model, cache and device; knows no sequences and no sampling.
+Owns model, cache and device of one rank; knows no sequences and no sampling.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from cortex.neuron.engine.cache import SlotCache
+from cortex.neuron.engine.cache import RunCache
+from cortex.neuron.engine.graphs import DecodeGraphs
+from cortex.neuron.engine.paged import PAGE, PagedCache
 from cortex.neuron.models import registry
 from cortex.neuron.models.registry import CausalModel
 from cortex.neuron.models.shape import ModelShape, read_shape
@@ -20,14 +22,35 @@ from cortex.neuron.nn.plan import StepPlan
 from cortex.neuron.nn.step import prepare
 from cortex.neuron.weights.checkpoint import open_checkpoint
 from cortex.neuron.weights.loader import Report, load
+from cortex.wire.errors import LoadFailed
+
+
+class CudaOptions(NamedTuple):
+    """What is opt-in on CUDA until it has been verified on hardware."""
+
+    paged: bool = False
+    graphs: bool = False
+
+
+PLAIN: Final = CudaOptions()
 
 
 class Runner:
+    """`graphs`, where there are any, compute the steps that only decode."""
+
     def __init__(
-        self, model: CausalModel, shape: ModelShape, cache: SlotCache, placement: Placement, weight_bytes: int
+        self,
+        model: CausalModel,
+        shape: ModelShape,
+        cache: RunCache | PagedCache,
+        placement: Placement,
+        weight_bytes: int,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
+        self._page = PAGE if isinstance(cache, PagedCache) else None
+        self._graphs = graphs
         self.device = placement.device
         self.shape = shape
         self.weight_bytes = weight_bytes
@@ -36,18 +59,55 @@ class Runner:
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
         """fp32 [wanted, vocab] on the device; the cache then holds the plan's tokens."""
-        return self._model(prepare(plan, self.device), self._cache.layers)
+        if plan.copies:
+            self._cache.copy(plan.copies)
+        captured = None if self._graphs is None else self._graphs.logits(plan)
+        if captured is not None:
+            return captured
+        return self._model(prepare(plan, self.device, self._page), self._cache.layers)
 
 
 def load_runner(
-    path: Path, placement: Placement, *, slots: int, context: int, report: Report, threads: int = 1
+    path: Path,
+    placement: Placement,
+    *,
+    cache_rows: int,
+    report: Report,
+    threads: int = 1,
+    cuda: CudaOptions = PLAIN,
 ) -> Runner:
-    """Load the checkpoint at `path`. Raises LoadFailed; what `report` raises passes through."""
+    """Load a rank's share of the checkpoint at `path`, with a cache of so many tokens.
+
+    Raises LoadFailed; what `report` raises passes through.
+    """
     with open_checkpoint(path) as checkpoint:
         shape = read_shape(checkpoint)
+        _check_share(shape, placement)
         family = registry.family(shape.architecture)
         model = family.build(shape, placement)
-        load(model, family.sources(shape, checkpoint.kind), checkpoint, report, threads=threads)
+        sources = family.sources(shape, checkpoint.kind, placement.share)
+        load(model, sources, checkpoint, report, threads=threads)
     weight_bytes = sum(getattr(module, "nbytes", 0) for module in model.modules())
-    cache = SlotCache(shape.layers, slots, shape.kv_heads, shape.head_dim, context, placement.device)
-    return Runner(cast(CausalModel, model), shape, cache, placement, weight_bytes)
+    kv_heads = placement.share.divide(shape.kv_heads)
+    causal = cast(CausalModel, model)
+    sizes = (kv_heads, shape.head_dim, placement.device)
+    if not (cuda.paged or cuda.graphs):
+        return Runner(causal, shape, RunCache(shape.layers, cache_rows, *sizes), placement, weight_bytes)
+    cache = PagedCache(shape.layers, cache_rows + PAGE, *sizes)  # the last page is for padding
+    graphs = DecodeGraphs(
+        lambda step: causal(step, cache.layers),
+        pages=-(-min(shape.max_position, cache_rows) // PAGE),
+        page=PAGE,
+        spare=cache_rows,
+        device=placement.device,
+    )
+    return Runner(causal, shape, cache, placement, weight_bytes, graphs if cuda.graphs else None)
+
+
+def _check_share(shape: ModelShape, placement: Placement) -> None:
+    """Raises LoadFailed for what cannot be divided evenly among the ranks."""
+    world = placement.share.world
+    sizes = {"heads": shape.heads, "KV heads": shape.kv_heads, "intermediate rows": shape.intermediate}
+    for name, size in sizes.items():
+        if size % world:
+            raise LoadFailed(f"{size} {name} cannot be divided among {world} ranks.")

@@ -1,52 +1,156 @@
 """Chooses the next token of each row from its logits. Pure: chance comes in as numbers.
 
-A row's result depends on its own logits, settings and number only, never on its batch mates.
+A row's result depends on its own logits, settings and number only, never on its batch mates. Knows no
+sequences: what penalties need comes as distinct ids and counts.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cortex.hookspecs import Sampling
+from cortex.hookspecs import Sampling, TokenLogprobs
 
 CANDIDATES: Final = (256, 4096)
 """How many of the likeliest tokens are looked at before a whole vocabulary is sorted."""
 
 
+class Row(NamedTuple):
+    """What a row of logits is to be sampled by. `draw` is a number in [0, 1); `ids` are the distinct tokens
+    of prompt and reply and `counts` how often the reply has them, both empty without penalties.
+    `withhold` keeps stop ids from being chosen.
+    """
+
+    settings: Sampling
+    draw: float
+    ids: array[int]
+    counts: array[float]
+    withhold: bool = False
+
+
 @torch.inference_mode()
-def sample(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> list[int | None]:
+def sample(logits: Tensor, rows: Sequence[Row]) -> list[tuple[int, TokenLogprobs | None] | None]:
     """A token for each row of `logits`, fp32 [B, vocab]; None for a row with NaN or without a maximum.
 
-    `draws` are numbers in [0, 1). Temperature 0 takes the likeliest token; otherwise temperature,
-    top_k, top_p and min_p apply in this order, as in transformers.
+    `logits` are changed. Temperature 0 takes the likeliest token; otherwise temperature, top_k, top_p and
+    min_p apply in this order, as in transformers.
     """
+    told = _Told(logits, rows)
+    _shift(logits, rows)
     highest, tokens = logits.max(dim=-1)
+    valid = torch.isfinite(highest).tolist()
     groups: dict[bool, list[int]] = {}
-    for row, setting in enumerate(settings):
+    for index, row in enumerate(rows):
+        setting = row.settings
         if setting.temperature > 0:
-            groups.setdefault(setting.top_k > 0 or setting.top_p < 1, []).append(row)
-    for truncates, rows in groups.items():
-        at = torch.tensor(rows, device=logits.device)
-        chosen = [settings[row] for row in rows]
+            groups.setdefault(setting.top_k > 0 or setting.top_p < 1, []).append(index)
+    for truncates, indices in groups.items():
+        everyone = len(indices) == len(rows)
+        at = torch.tensor(indices, device=logits.device)
+        chosen = [rows[index].settings for index in indices]
         scale = _column([setting.temperature for setting in chosen], logits)
         # The maximum is subtracted first, so that no temperature is small enough to overflow.
-        probabilities = torch.softmax((logits[at] - highest[at].unsqueeze(1)) / scale, dim=-1)
-        uniform = _column([draws[row] for row in rows], logits, torch.float64)
+        own = logits if everyone else logits[at]
+        shifted = own.sub_((highest if everyone else highest[at]).unsqueeze(1)).div_(scale)
+        uniform = _column([rows[index].draw for index in indices], logits, torch.float64)
         draw = _draw_truncated if truncates else _draw_whole
-        tokens[at] = draw(probabilities, chosen, uniform)
-    valid = torch.isfinite(highest).tolist()
-    return [token if ok else None for token, ok in zip(tokens.tolist(), valid, strict=True)]
+        tokens[at] = draw(torch.softmax(shifted, dim=-1), chosen, uniform)
+    chosen_ids = tokens.tolist()
+    told.tokens(chosen_ids)
+    return [
+        (token, told.of(index)) if ok else None
+        for index, (token, ok) in enumerate(zip(chosen_ids, valid, strict=True))
+    ]
+
+
+class _Told:
+    """The log probabilities that rows ask for, of the logits as the model gave them."""
+
+    def __init__(self, logits: Tensor, rows: Sequence[Row]) -> None:
+        asking = [index for index, row in enumerate(rows) if row.settings.logprobs is not None]
+        self._place = {index: place for place, index in enumerate(asking)}
+        self._found: list[TokenLogprobs] = []
+        if self._place:
+            everyone = len(self._place) == len(rows)
+            kept = logits.clone() if everyone else logits[list(self._place)]
+            self._logprobs = torch.log_softmax(kept, dim=-1)
+            self._counts = [rows[index].settings.logprobs or 0 for index in self._place]
+
+    def tokens(self, tokens: Sequence[int]) -> None:
+        if not self._place:
+            return
+        ids = [tokens[index] for index in self._place]
+        column = torch.tensor(ids, device=self._logprobs.device).unsqueeze(1)
+        own = self._logprobs.gather(1, column).squeeze(1).tolist()
+        most = min(max(self._counts), self._logprobs.shape[1])
+        likeliest, which = self._logprobs.topk(most, dim=-1)
+        for token, value, values, others, count in zip(
+            ids, own, likeliest.tolist(), which.tolist(), self._counts, strict=True
+        ):
+            top = list(zip(others[:count], values[:count], strict=True))
+            self._found.append(TokenLogprobs(token, value, top))
+
+    def of(self, index: int) -> TokenLogprobs | None:
+        return self._found[self._place[index]] if index in self._place else None
+
+
+def _shift(logits: Tensor, rows: Sequence[Row]) -> None:
+    """Bias, penalties and withheld stop ids, in place; all rows' in one pass over their own tokens."""
+    vocab = logits.shape[-1]
+    flat = logits.view(-1)
+    biased = [
+        (index * vocab + id, value)
+        for index, row in enumerate(rows)
+        for id, value in row.settings.logit_bias.items()
+        if 0 <= id < vocab
+    ]
+    if biased:
+        at = torch.tensor([place for place, _ in biased], device=logits.device)
+        flat.index_add_(0, at, torch.tensor([value for _, value in biased], device=logits.device))
+    penalised = [(index, row) for index, row in enumerate(rows) if row.ids]
+    if penalised:
+        _penalise(flat, vocab, penalised)
+    withheld = [
+        index * vocab + id
+        for index, row in enumerate(rows)
+        if row.withhold
+        for id in row.settings.stop_ids
+        if id < vocab
+    ]
+    if withheld:
+        flat.index_fill_(0, torch.tensor(withheld, device=logits.device), float("-inf"))
+
+
+def _penalise(flat: Tensor, vocab: int, rows: Sequence[tuple[int, Row]]) -> None:
+    """Repetition as in transformers (Keskar et al. 2019), then presence and frequency as OpenAI has them."""
+    device = flat.device
+    sizes = torch.tensor([len(row.ids) for _, row in rows], device=device)
+
+    def each(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=device).repeat_interleave(sizes)
+
+    ids = [torch.frombuffer(row.ids, dtype=torch.int64) + index * vocab for index, row in rows]
+    places = torch.cat(ids).to(device)
+    counts = torch.cat([torch.frombuffer(row.counts, dtype=torch.float32) for _, row in rows]).to(device)
+    repetition = each([row.settings.repetition_penalty for _, row in rows])
+    presence = each([row.settings.presence_penalty for _, row in rows])
+    frequency = each([row.settings.frequency_penalty for _, row in rows])
+    known = flat.index_select(0, places)
+    known = torch.where(known > 0, known / repetition, known * repetition)
+    flat.index_copy_(0, places, known - presence * (counts > 0) - frequency * counts)
 
 
 def _draw_whole(probabilities: Tensor, settings: Sequence[Sampling], uniform: Tensor) -> Tensor:
     """Tokens of rows without top_k and top_p: nothing needs sorting."""
-    least = _column([min(setting.min_p, 1.0) for setting in settings], probabilities)
-    floor = least * probabilities.amax(dim=-1, keepdim=True)
-    return _invert(probabilities.where(probabilities >= floor, 0.0), uniform)
+    if any(setting.min_p > 0 for setting in settings):
+        least = _column([min(setting.min_p, 1.0) for setting in settings], probabilities)
+        floor = least * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.where(probabilities >= floor, 0.0)
+    return _invert(probabilities, uniform)
 
 
 def _draw_truncated(probabilities: Tensor, settings: Sequence[Sampling], uniform: Tensor) -> Tensor:

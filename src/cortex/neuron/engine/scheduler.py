@@ -1,17 +1,31 @@
-"""Decides what each step computes: admits waiting sequences, decodes, prefills in chunks, finishes.
+"""Decides what each step computes: who starts, who decodes, whose prompt goes on, who must give way.
 
-Owns the sequences and the cache slots. Pure: no torch, no socket, the clock is given.
+Owns the sequences and their blocks. Pure: no torch, no socket, the clock is given. A sequence is waiting, or
+running (then it has blocks and is in plans), or gone; preemption takes a running one back to the head of the
+line, from where it is computed anew, its known blocks excepted.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+from cortex.hookspecs import TokenLogprobs
+from cortex.neuron.engine.blocks import BlockPool, Match
 from cortex.neuron.engine.messages import Generate, Output
+from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.sequence import Sequence
-from cortex.neuron.nn.plan import Segment, StepPlan
+from cortex.neuron.nn.plan import Copy, Segment, StepPlan, parts
+
+AHEAD: Final = 256
+"""Tokens of its reserve for which a sequence gets blocks at once, so that they lie together. The rest is only
+promised: known blocks stay known until it is really needed."""
+MOST_RUNS: Final = 2
+"""A sequence whose known blocks lie in more runs than this has them moved together before it starts."""
+
+Sampled = tuple[int, TokenLogprobs | None]
+"""A token and what was asked about it."""
 
 
 class Scheduled(NamedTuple):
@@ -20,28 +34,70 @@ class Scheduled(NamedTuple):
     plan: StepPlan
     sequences: list[Sequence]
     sampled: list[Sequence]
+    decoding: int
+    """The first so many sequences decode, one token each."""
+
+    @property
+    def prefill(self) -> int:
+        """Tokens of prompts."""
+        return len(self.plan.ids) - self.decoding
+
+
+class Counts:
+    """What has happened since it was last asked."""
+
+    def __init__(self) -> None:
+        self.queried = self.hit = self.preempted = 0
 
 
 class Scheduler:
-    """Decode comes before prefill; at most `prefill_chunk` prompt tokens go into one step.
-
-    `context` is the tokens that a slot holds, `vocab` the first id that is no token.
+    """Decode comes before prefill; `context` is the tokens that a sequence may have, `vocab` the first id
+    that is no token, `max_running` how many sequences run at a time.
     """
 
     def __init__(
-        self, *, slots: int, context: int, prefill_chunk: int, vocab: int, clock: Callable[[], float]
+        self,
+        pool: BlockPool,
+        *,
+        context: int,
+        prefill_chunk: int,
+        vocab: int,
+        clock: Callable[[], float],
+        max_running: int = 8,
+        max_wait_s: float | None = None,
     ) -> None:
-        self._free = list(range(slots))
+        """Raises ValueError if the pool cannot hold one context."""
+        if pool.blocks < pool.count_for(context):
+            raise ValueError(f"{pool.blocks} blocks of {pool.size} tokens cannot hold {context} tokens")
+        self.pool = pool
+        self.pace = Pace(prefill_chunk)
+        self.counts = Counts()
         self._context = context
-        self._prefill_chunk = prefill_chunk
         self._vocab = vocab
         self._clock = clock
+        self._max_running = max_running
+        self._max_wait = max_wait_s
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._copies: list[Copy] = []
 
     @property
     def idle(self) -> bool:
         return not self._waiting and not self._running
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def take_counts(self) -> Counts:
+        counts, self.counts = self.counts, Counts()
+        return counts
+
+    # --- orders ---
 
     def add(self, order: Generate) -> Output | None:
         """Queue a sequence; an output if it cannot be run, which says why."""
@@ -59,47 +115,69 @@ class Scheduler:
                 self._release(sequence)
                 break
 
+    def expired(self) -> list[Output]:
+        """Ends the sequences that have waited too long to start."""
+        if self._max_wait is None or not self._waiting:
+            return []
+        oldest = self._clock() - self._max_wait
+        late = [s for s in self._waiting if s.arrived < oldest and not s.has_started]
+        if late:
+            self._waiting = deque(s for s in self._waiting if s not in late)
+        message = f"it waited {self._max_wait:g} s and could not start"
+        return [Output(key=s.key, ids=[], error=message, code="busy") for s in late]
+
+    # --- a step ---
+
     def schedule(self) -> Scheduled | None:
         """The next step, or None if there is nothing to do."""
-        while self._waiting and self._free:
-            sequence = self._waiting.popleft()
-            sequence.slot = self._free.pop()
-            self._running.append(sequence)
+        self._admit()
+        self._make_room()
         now = self._clock()
-        ids: list[int] = []
-        segments: list[Segment] = []
-        wanted: list[int] = []
-        chosen: list[Sequence] = []
-        sampled: list[Sequence] = []
-        budget = self._prefill_chunk
-        for sequence in sorted(self._running, key=lambda sequence: not sequence.in_decode):
-            length = sequence.missing if sequence.in_decode else min(sequence.missing, budget)
-            if not length or sequence.slot is None:
-                continue
-            budget -= 0 if sequence.in_decode else length
-            sequence.start(now)
-            ids += sequence.tokens[sequence.cached : sequence.cached + length]
-            segments.append(Segment(sequence.slot, sequence.cached, length))
-            chosen.append(sequence)
-            if length == sequence.missing:
-                wanted.append(len(ids) - 1)
-                sampled.append(sequence)
-        return Scheduled(StepPlan(ids, segments, wanted), chosen, sampled) if chosen else None
+        decoding = [sequence for sequence in self._running if sequence.in_decode]
+        scheduled = Scheduled(StepPlan([], [], [], self._copies), [], [], len(decoding))
+        self._copies = []
+        for sequence in decoding:
+            self._plan(scheduled, sequence, 1, now)
+        budget = self.pace.budget(len(decoding))
+        for sequence in self._running:
+            if not sequence.in_decode and budget > 0:
+                length = min(sequence.missing, budget)
+                budget -= length
+                self._plan(scheduled, sequence, length, now)
+        return scheduled if scheduled.sequences else None
 
-    def complete(self, scheduled: Scheduled, tokens: list[int | None]) -> list[Output]:
-        """The step was computed: `tokens` are those of its wanted rows, None where sampling failed."""
+    def _plan(self, scheduled: Scheduled, sequence: Sequence, length: int, now: float) -> None:
+        plan = scheduled.plan
+        sequence.start(now)
+        start, end = sequence.cached, sequence.cached + length
+        plan.ids.extend(sequence.tokens[start:end])
+        plan.segments.append(Segment(start, length, parts(sequence.runs(self.pool.size), 0, end)))
+        scheduled.sequences.append(sequence)
+        if length == sequence.missing:
+            plan.wanted.append(len(plan.ids) - 1)
+            scheduled.sampled.append(sequence)
+
+    def complete(self, scheduled: Scheduled, sampled: list[Sampled]) -> list[Output]:
+        """The step was computed: `sampled` are the tokens of its wanted rows."""
         for sequence, segment in zip(scheduled.sequences, scheduled.plan.segments, strict=True):
             sequence.cached = segment.end
+            self._learn(sequence)
         now = self._clock()
         return [
             self._accept(sequence, token, now)
-            for sequence, token in zip(scheduled.sampled, tokens, strict=True)
+            for sequence, token in zip(scheduled.sampled, sampled, strict=True)
         ]
 
     def fail(self, scheduled: Scheduled, message: str) -> list[Output]:
-        """The step broke: every sequence in it ends with `message`."""
+        """The step broke: every sequence in it ends with `message`.
+
+        Nobody knows what of its copies and writes has happened, so the others are computed anew.
+        """
         for sequence in scheduled.sequences:
             self._release(sequence)
+        for sequence in reversed(self._running.copy()):
+            self._preempt(sequence)
+        self.pool.forget_idle()
         return [Output(key=sequence.key, ids=[], error=message) for sequence in scheduled.sequences]
 
     def fail_all(self, message: str) -> list[Output]:
@@ -110,26 +188,182 @@ class Scheduler:
         self._waiting.clear()
         return [Output(key=sequence.key, ids=[], error=message) for sequence in ended]
 
-    def _accept(self, sequence: Sequence, token: int | None, now: float) -> Output:
-        if token is None:
-            self._release(sequence)
-            message = "The model computed values that are not numbers; the weights may be damaged."
-            return Output(key=sequence.key, ids=[], error=message)
-        if token in sequence.sampling.stop_ids:
-            self._release(sequence)
-            sequence.mark_sampled(now)
-            return Output(key=sequence.key, ids=[], finish="stop", timings=sequence.timings(now))
-        sequence.append(token, now)
-        if sequence.generated < sequence.sampling.max_tokens and len(sequence.tokens) < self._context:
-            return Output(key=sequence.key, ids=[token])
+    # --- who runs ---
+
+    def _admit(self) -> None:
+        """Start those in line for whom there is room, in order. One whose prompt begins with what another
+        one is computing right now lets others pass: soon that will be in the cache.
+        """
+        held_back: list[Sequence] = []
+        while self._waiting and len(self._running) < self._max_running:
+            sequence = self._waiting.popleft()
+            match = self.pool.match(sequence.tokens)
+            if self._is_coming(sequence, match):
+                held_back.append(sequence)
+            elif not self._begin(sequence, match):
+                self._waiting.appendleft(sequence)
+                break
+        self._waiting.extendleft(reversed(held_back))
+
+    def _is_coming(self, sequence: Sequence, match: Match) -> bool:
+        """A running prefill is about to add at least a block to what the cache knows of the prompt."""
+        if not self.pool.caching:
+            return False
+        size = self.pool.size
+        for other in self._running:
+            if other.missing > 1:
+                # The end of the block that the other one computes now, and of one that is news to us.
+                end = max(match.tokens(size) + size, (other.cached // size + 1) * size)
+                shorter = min(len(other.tokens), len(sequence.tokens))
+                if end < shorter and other.tokens[:end] == sequence.tokens[:end]:
+                    return True
+        return False
+
+    def _begin(self, sequence: Sequence, match: Match) -> bool:
+        """Hold what is known of the prompt, and take blocks for the rest. False if there is no room."""
+        pool = self.pool
+        total = self._reserved_blocks(sequence)
+        chain, partial = match.chain, match.partial
+        room = pool.available - sum(other.promised for other in self._running)
+        room -= total - len(chain) + pool.idle_in(chain)
+        if room < 0:
+            return False
+        pool.hold(chain)
+        if partial is not None and room < pool.idle_in([partial]):
+            partial = None
+        if partial is not None:
+            pool.hold([partial])  # so that taking blocks does not forget it before it is copied
+        wanted = min(total, pool.count_for(len(sequence.tokens) + AHEAD))
+        sequence.blocks = [*chain, *pool.take(wanted - len(chain), after=chain[-1] if chain else None)]
+        sequence.promised = total - wanted
+        sequence.reserved = total
+        sequence.known = len(chain)
+        sequence.cached = len(chain) * pool.size
+        sequence.blocks_changed()
+        self._move_together(sequence)
+        if partial is not None:
+            target = sequence.blocks[len(chain)].place * pool.size
+            self._copies.append(Copy(partial.place * pool.size, target, match.shared))
+            sequence.cached += match.shared
+            pool.release([partial])
+        if not sequence.has_started:
+            sequence.hit = sequence.cached
+            self.counts.queried += sequence.prompt_length
+            self.counts.hit += sequence.cached
+        self._running.append(sequence)
+        return True
+
+    def _reserved_blocks(self, sequence: Sequence) -> int:
+        """Blocks that a sequence must be sure of before it starts."""
+        reply = sequence.sampling.max_tokens
+        if sequence.sampling.reserve is not None:
+            reply = min(reply, sequence.sampling.reserve)
+        # One that has outgrown its reserve and was preempted needs some of its own again.
+        tokens = max(sequence.prompt_length + reply, len(sequence.tokens) + self.pool.size)
+        return self.pool.count_for(min(tokens, self._context))
+
+    def _move_together(self, sequence: Sequence) -> None:
+        """Turns of a conversation leave its known blocks scattered, and attention wants them in a row: where
+        nobody else holds them, they are copied to lie together, and stand there for all from now on.
+        """
+        pool, size = self.pool, self.pool.size
+        if len(sequence.runs(size)) <= MOST_RUNS:
+            return
+        # Whoever holds a block holds those before it too, so the ones held by nobody else come last.
+        own = [block for block in sequence.blocks if block.holders == 1]
+        if pool.available < len(own):
+            return
+        moved = pool.take(len(own))
+        for block, spare in zip(own, moved, strict=True):
+            if block.tokens is not None:
+                self._copies.append(Copy(block.place * size, spare.place * size, size))
+            block.place, spare.place = spare.place, block.place
+        pool.release(moved)
+        sequence.blocks_changed()
+
+    def _make_room(self) -> None:
+        """Give every running sequence blocks for what it may compute next; where there are none left, of
+        those that have outgrown their reserve the one that started last gives way.
+        """
+        for sequence in list(self._running):
+            if sequence not in self._running:
+                continue
+            while sequence.blocks and len(sequence.tokens) > len(sequence.blocks) * self.pool.size:
+                if not self._grow(sequence):
+                    self._preempt([other for other in self._running if self._has_outgrown(other)][-1])
+
+    def _has_outgrown(self, sequence: Sequence) -> bool:
+        """It needs more than was set aside for it, as the one has that finds no room."""
+        return self.pool.count_for(len(sequence.tokens)) > sequence.reserved
+
+    def _grow(self, sequence: Sequence) -> bool:
+        pool = self.pool
+        others = sum(other.promised for other in self._running if other is not sequence)
+        room = pool.available - others
+        if room < 1:
+            return False
+        wanted = min(pool.count_for(AHEAD), max(1, sequence.promised), room)
+        sequence.blocks += pool.take(wanted, after=sequence.blocks[-1])
+        sequence.promised = max(0, sequence.promised - wanted)
+        sequence.blocks_changed()
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.counts.preempted += 1
         self._release(sequence)
-        return Output(key=sequence.key, ids=[token], finish="length", timings=sequence.timings(now))
+        sequence.cached = sequence.known = sequence.promised = 0
+        self._waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        """Give its blocks back; what it has computed of a block's beginning stays known too."""
         self._running.remove(sequence)
-        if sequence.slot is not None:
-            self._free.append(sequence.slot)
-            sequence.slot = None
+        pool = self.pool
+        rest = sequence.cached - sequence.known * pool.size
+        if pool.caching and 0 < rest < pool.size:
+            tokens = tuple(sequence.tokens[sequence.known * pool.size : sequence.cached])
+            parent = sequence.blocks[sequence.known - 1] if sequence.known else None
+            sequence.blocks[sequence.known] = pool.learn(sequence.blocks[sequence.known], parent, tokens)
+        pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.promised = 0
+        sequence.blocks_changed()
+
+    def _learn(self, sequence: Sequence) -> None:
+        """Blocks that the step has filled become known."""
+        pool = self.pool
+        while pool.caching and (sequence.known + 1) * pool.size <= sequence.cached:
+            at = sequence.known
+            tokens = tuple(sequence.tokens[at * pool.size : (at + 1) * pool.size])
+            known = pool.learn(sequence.blocks[at], sequence.blocks[at - 1] if at else None, tokens)
+            if known is not sequence.blocks[at]:
+                sequence.blocks[at] = known
+                sequence.blocks_changed()
+            sequence.known += 1
+
+    # --- what comes out ---
+
+    def _accept(self, sequence: Sequence, sampled: Sampled, now: float) -> Output:
+        token, logprobs = sampled
+        hit, sequence.hit = sequence.hit, None
+        if token in sequence.sampling.stop_ids:
+            sequence.mark_sampled(now)
+            self._release(sequence)
+            return Output(
+                key=sequence.key, ids=[], finish="stop", timings=sequence.timings(now), cached_tokens=hit
+            )
+        sequence.append(token, now)
+        found = None if logprobs is None else [logprobs]
+        if sequence.generated < sequence.sampling.max_tokens and len(sequence.tokens) < self._context:
+            return Output(key=sequence.key, ids=[token], cached_tokens=hit, logprobs=found)
+        self._release(sequence)
+        return Output(
+            key=sequence.key,
+            ids=[token],
+            finish="length",
+            timings=sequence.timings(now),
+            cached_tokens=hit,
+            logprobs=found,
+        )
 
     def _fault(self, order: Generate) -> str | None:
         if not order.ids:

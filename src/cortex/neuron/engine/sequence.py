@@ -1,4 +1,4 @@
-"""One sequence in the engine: its tokens, how far it is, its slot, its chance and its times.
+"""One sequence in the engine: its tokens, how far it is, its blocks, its chance and its times.
 
 The scheduler owns it. Knows no torch and no other sequence.
 """
@@ -6,9 +6,29 @@ The scheduler owns it. Knows no torch and no other sequence.
 from __future__ import annotations
 
 import random
+from array import array
 
 from cortex.hookspecs import EngineTimings, Sampling
+from cortex.neuron.engine.blocks import Block
 from cortex.neuron.engine.messages import Generate
+from cortex.neuron.nn.plan import Run
+
+
+class Tally:
+    """The distinct tokens of a sequence, and how often its reply holds each; what penalties go by."""
+
+    def __init__(self, prompt: list[int]) -> None:
+        distinct = dict.fromkeys(prompt)
+        self.ids = array("q", distinct)
+        self.counts = array("f", bytes(4 * len(distinct)))
+        self._index = {token: index for index, token in enumerate(distinct)}
+
+    def add(self, token: int) -> None:
+        index = self._index.setdefault(token, len(self.ids))
+        if index == len(self.ids):
+            self.ids.append(token)
+            self.counts.append(0.0)
+        self.counts[index] += 1.0
 
 
 class Sequence:
@@ -22,14 +42,24 @@ class Sequence:
         self.request_id = order.request_id
         self.sampling: Sampling = order.sampling
         self.tokens = list(order.ids)
-        self.slot: int | None = None
+        self.blocks: list[Block] = []
+        self.known = 0
+        """How many of the blocks are in the tree of known blocks."""
         self.cached = 0
         """Tokens whose keys and values the cache holds."""
-        self._prompt_length = len(order.ids)
+        self.promised = 0
+        """Blocks that are set aside for it beside those that it has."""
+        self.reserved = 0
+        """Blocks that it was sure of when it started."""
+        self.hit: int | None = None
+        """Prompt tokens that the prefix cache had, until an output has told it."""
+        self.arrived = arrived
+        self.prompt_length = len(order.ids)
+        self.tally = Tally(self.tokens) if order.sampling.penalises else None
         self._chance = random.Random(order.sampling.seed)
-        self._arrived = arrived
         self._started: float | None = None
         self._first_token: float | None = None
+        self._runs: list[Run] = []
 
     @property
     def missing(self) -> int:
@@ -38,11 +68,30 @@ class Sequence:
 
     @property
     def generated(self) -> int:
-        return len(self.tokens) - self._prompt_length
+        return len(self.tokens) - self.prompt_length
 
     @property
     def in_decode(self) -> bool:
-        return self.generated > 0
+        """All that is missing is the token that was sampled last."""
+        return self.generated > 0 and self.missing == 1
+
+    @property
+    def has_started(self) -> bool:
+        return self._started is not None
+
+    def runs(self, size: int) -> list[Run]:
+        """Where the cache has the sequence, in blocks of `size` rows that lie one after the other joined."""
+        if not self._runs:
+            for block in self.blocks:
+                first = block.place * size
+                if self._runs and sum(self._runs[-1]) == first:
+                    self._runs[-1] = (self._runs[-1][0], self._runs[-1][1] + size)
+                else:
+                    self._runs.append((first, size))
+        return self._runs
+
+    def blocks_changed(self) -> None:
+        self._runs = []
 
     def draw(self) -> float:
         """The sequence's next number in [0, 1): from its own seed, whatever its batch mates do."""
@@ -55,6 +104,8 @@ class Sequence:
 
     def append(self, token: int, now: float) -> None:
         self.tokens.append(token)
+        if self.tally is not None:
+            self.tally.add(token)
         self.mark_sampled(now)
 
     def mark_sampled(self, now: float) -> None:
@@ -66,7 +117,7 @@ class Sequence:
         started = now if self._started is None else self._started
         first = now if self._first_token is None else self._first_token
         return EngineTimings(
-            queue_ms=(started - self._arrived) * 1e3,
+            queue_ms=(started - self.arrived) * 1e3,
             prefill_ms=(first - started) * 1e3,
             decode_ms=(now - first) * 1e3,
         )

@@ -18,7 +18,7 @@ from cortex.neuron.nn.embedding import Embedding
 from cortex.neuron.nn.linear import Linear
 from cortex.neuron.nn.mlp import GatedMLP
 from cortex.neuron.nn.norm import RMSNorm
-from cortex.neuron.nn.placement import Placement
+from cortex.neuron.nn.placement import Placement, Share
 from cortex.neuron.nn.rotary import inverse_frequencies, llama3_scaled, rotations
 from cortex.neuron.nn.step import Step
 from cortex.neuron.weights.source import Piece, Source, whole
@@ -58,7 +58,7 @@ class Llama(nn.Module):
         self.embedding = Embedding(shape.vocab, shape.hidden, placement)
         self.layers = nn.ModuleList(Layer(shape, placement) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.hidden, shape.norm_eps, placement)
-        shared = shape.tied and not placement.prepacked
+        shared = shape.tied and not placement.packed
         self.head = None if shared else Linear(shape.hidden, shape.vocab, placement)
 
     def forward(self, step: Step, caches: Sequence[LayerCache]) -> Tensor:
@@ -132,8 +132,11 @@ _GGUF: Final = _Names(
 )
 
 
-def sources(shape: ModelShape, kind: str) -> dict[str, Source]:
-    """Of every parameter, in a checkpoint of `kind`. GGUF's llama files have their pairs interleaved."""
+def sources(shape: ModelShape, kind: str, share: Share) -> dict[str, Source]:
+    """Of every parameter, in a checkpoint of `kind`. GGUF's llama files have their pairs interleaved.
+
+    A rank has its share of the heads and of the intermediate width; table and head are whole on every rank.
+    """
     names = _GGUF if kind == "gguf" else _HUGGING_FACE
     pairs = 0 if kind == "gguf" and shape.architecture == "llama" else shape.head_dim
     found = {
@@ -141,19 +144,24 @@ def sources(shape: ModelShape, kind: str) -> dict[str, Source]:
         "norm.weight": whole(f"{names.norm}.weight"),
         "head.weight": whole(f"{names.embedding if shape.tied else names.head}.weight"),
     }
+    queries = share.of(shape.heads * shape.head_dim, shape.head_dim)
+    keys = share.of(shape.kv_heads * shape.head_dim, shape.head_dim)
+    inner = share.of(shape.intermediate)
     for index in range(shape.layers):
         here, there = f"layers.{index}.", names.layer.format(index)
         found[f"{here}attention_norm.weight"] = whole(f"{there}{names.attention_norm}.weight")
         found[f"{here}mlp_norm.weight"] = whole(f"{there}{names.mlp_norm}.weight")
         for part in ("weight", "bias"):
-            queries, keys, values = (f"{there}{name}.{part}" for name in names.qkv)
-            found[f"{here}attention.qkv.{part}"] = (
-                Piece(queries, pairs=pairs),
-                Piece(keys, pairs=pairs),
-                Piece(values),
-            )
-            found[f"{here}attention.output.{part}"] = whole(f"{there}{names.output}.{part}")
+            q, k, v = (f"{there}{name}.{part}" for name in names.qkv)
             gate, up = (f"{there}{name}.{part}" for name in names.gate_up)
-            found[f"{here}mlp.gate_up.{part}"] = (Piece(gate), Piece(up))
-            found[f"{here}mlp.down.{part}"] = whole(f"{there}{names.down}.{part}")
+            found[f"{here}attention.qkv.{part}"] = (
+                Piece(q, *queries, pairs=pairs),
+                Piece(k, *keys, pairs=pairs),
+                Piece(v, *keys),
+            )
+            found[f"{here}mlp.gate_up.{part}"] = (Piece(gate, *inner), Piece(up, *inner))
+        found[f"{here}attention.output.weight"] = (Piece(f"{there}{names.output}.weight", columns=queries),)
+        found[f"{here}mlp.down.weight"] = (Piece(f"{there}{names.down}.weight", columns=inner),)
+        found[f"{here}attention.output.bias"] = whole(f"{there}{names.output}.bias")
+        found[f"{here}mlp.down.bias"] = whole(f"{there}{names.down}.bias")
     return found

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from cortex.neuron.models.shape import ModelShape
     from cortex.neuron.nn.attention import LayerCache
-    from cortex.neuron.nn.placement import Placement
+    from cortex.neuron.nn.placement import Placement, Share
     from cortex.neuron.nn.step import Step
     from cortex.neuron.weights.source import Source
 
@@ -31,8 +31,8 @@ class Family(Protocol):
     def build(self, shape: ModelShape, placement: Placement) -> nn.Module:
         """The model on the meta device; it is called as a `CausalModel`."""
 
-    def sources(self, shape: ModelShape, kind: str) -> dict[str, Source]:
-        """The source of every parameter in a checkpoint of `kind`, by the parameter's name."""
+    def sources(self, shape: ModelShape, kind: str, share: Share) -> dict[str, Source]:
+        """The source of every parameter of a rank in a checkpoint of `kind`, by the parameter's name."""
 
 
 class CausalModel(Protocol):

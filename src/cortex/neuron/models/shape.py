@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from cortex.neuron.models.registry import FAMILIES
-from cortex.neuron.nn.packing import packed_bytes
+from cortex.neuron.nn.packing import most_bytes
 from cortex.neuron.weights.checkpoint import CONFIG, Checkpoint
 from cortex.neuron.weights.layout import READABLE
 from cortex.wire.errors import LoadFailed
@@ -56,12 +56,12 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     mlp_bias: bool
 
     def weight_bytes(self, dtype: str) -> int:
-        """Bytes of the loaded weights on one device, `dtype` as in `messages.Load`."""
+        """Most bytes of the loaded weights on one device, `dtype` as in `messages.Load`."""
         table = self.vocab * self.hidden
-        if dtype == "packed16":
+        if dtype != "float32":
             # Packed matrices cannot be looked up in, so a tied table is there twice.
-            matrices = 2 * table + packed_bytes(self.hidden, self.vocab)
-            matrices += self.layers * sum(packed_bytes(*sizes) for sizes in self._linears)
+            matrices = 2 * table + most_bytes(self.hidden, self.vocab, dtype)
+            matrices += self.layers * sum(most_bytes(*sizes, dtype) for sizes in self._linears)
         else:
             matrices = 4 * table * (1 if self.tied else 2)
             matrices += 4 * self.layers * sum(inputs * outputs for inputs, outputs in self._linears)

@@ -17,8 +17,8 @@ class Embedding(nn.Module):
     def __init__(self, vocabulary: int, width: int, placement: Placement) -> None:
         super().__init__()
         self._placement = placement
-        self.weight = empty(vocabulary, width, dtype=placement.matrix)
-        self.nbytes = vocabulary * width * placement.matrix.itemsize
+        self.weight = empty(vocabulary, width, dtype=placement.table)
+        self.nbytes = vocabulary * width * placement.table.itemsize
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         self.weight = placed(tensors["weight"], self._placement)

@@ -1,4 +1,4 @@
-"""Where parameters live and in which form: the one decision behind `dtype` and `device`.
+"""Where parameters live, in which form, and which share of them: the one decision behind a load's options.
 
 Knows no layer; layers ask it.
 """
@@ -9,27 +9,45 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Dtype = Literal["float32", "packed16"]
+Dtype = Literal["packed16", "int8", "float32"]
+
+
+class Share(NamedTuple):
+    """This rank's part of a model that several ranks hold together."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, size: int, unit: int = 1) -> tuple[int, int]:
+        """The rows [start, stop) of `size` that are this rank's, in whole units of `unit` rows."""
+        each = size // unit // self.world * unit
+        return self.rank * each, (self.rank + 1) * each
+
+    def divide(self, size: int) -> int:
+        """A rank's part of `size`; whoever planned the load has made sure that it can be divided."""
+        return size // self.world
 
 
 class Placement(NamedTuple):
-    """`packed16` keeps matrices in fp16 and computes in fp32; `float32` keeps and computes fp32.
+    """`packed16` and `int8` keep matrices in 16 and 8 bits and everything else in fp32; `float32` keeps and
+    computes fp32.
 
-    CUDA is written for and unverified on hardware.
+    CUDA is written for and unverified on hardware; `packed16` is plain fp16 there.
     """
 
     device: torch.device
     dtype: Dtype
+    share: Share = Share()
 
     @property
-    def matrix(self) -> torch.dtype:
-        """What a matrix is kept in."""
-        return torch.float16 if self.dtype == "packed16" else torch.float32
+    def table(self) -> torch.dtype:
+        """What tables that are looked up in are kept in."""
+        return torch.float32 if self.dtype == "float32" else torch.float16
 
     @property
-    def prepacked(self) -> bool:
-        """Matrices of linear layers go into FBGEMM's own layout, which nothing else can read."""
-        return self.dtype == "packed16" and self.device.type == "cpu"
+    def packed(self) -> bool:
+        """Matrices of linear layers go into a kernel's own layout, which nothing else can read."""
+        return self.dtype != "float32" and self.device.type == "cpu"
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:

@@ -1,24 +1,47 @@
 """What one step of the engine computes: ragged packed tokens of any number of sequences.
 
-Plain numbers, made by the scheduler and small enough to send to other ranks. Knows no torch.
+Plain numbers, made by the scheduler on rank 0 and small enough to send to the other ranks. Knows no torch.
 """
 
 from __future__ import annotations
 
 import msgspec
 
+Run = tuple[int, int]
+"""Consecutive rows of the cache: the first one, and how many."""
+
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
-    """Consecutive tokens of one sequence: its cache slot, the first one's position, how many."""
+    """Consecutive tokens of one sequence: the first one's position, how many, and where the cache has the
+    sequence's tokens, from its beginning to the end of this segment.
+    """
 
-    slot: int
     start: int
     length: int
+    runs: list[Run]
 
     @property
     def end(self) -> int:
         """Tokens of the sequence that the cache holds once the segment is computed."""
         return self.start + self.length
+
+    @property
+    def last_row(self) -> int:
+        """Where the cache has the segment's last token."""
+        first, count = self.runs[-1]
+        return first + count - 1
+
+    def pages(self, page: int) -> list[int]:
+        """The pages of `page` rows in which the sequence lies, where runs are made of whole pages."""
+        return [row // page for first, count in self.runs for row in range(first, first + count, page)]
+
+
+class Copy(msgspec.Struct, frozen=True, array_like=True):
+    """Rows of the cache to copy before anything is computed."""
+
+    source: int
+    target: int
+    count: int
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
@@ -27,7 +50,20 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     ids: list[int]
     segments: list[Segment]
     wanted: list[int]
+    copies: list[Copy] = []
 
     @property
     def positions(self) -> list[int]:
         return [position for part in self.segments for position in range(part.start, part.end)]
+
+
+def parts(runs: list[Run], start: int, end: int) -> list[Run]:
+    """The rows of the tokens [start, end) of a sequence that lies in `runs`."""
+    found = []
+    at = 0
+    for first, count in runs:
+        low, high = max(start, at), min(end, at + count)
+        if low < high:
+            found.append((first + low - at, high - low))
+        at += count
+    return found

@@ -1,32 +1,25 @@
 """Chat over a token engine: a request in, chunks of a chat completion out.
 
-Renders, encodes, checks limits, generates, turns ids into text, minds stop strings, counts. Knows no
-HTTP and no model: those are behind the Codec and the TokenEngine.
+Renders, encodes, checks limits, generates one or several choices, turns ids into text, minds stop strings,
+counts. Knows no HTTP and no model: those are behind the Codec and the TokenEngine.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any, Final
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Final
 
 import msgspec
 
 from cortex.hookspecs import Codec, Sampling, TokenEngine
+from cortex.neuron.text.choices import closing, side_by_side
 from cortex.neuron.text.conversation import plain_messages, plain_tools
-from cortex.neuron.text.reply import Chunks, Reply
-from cortex.neuron.text.sampling import refuse_unsupported, sampling, stop_strings
-from cortex.wire.chat import (
-    ChatChunk,
-    ChatCompletion,
-    ChatRequest,
-    Choice,
-    ReplyMessage,
-    Timings,
-    Usage,
-)
+from cortex.neuron.text.reply import Chunks, Reply, usage
+from cortex.neuron.text.sampling import of_choice, refuse_unsupported, sampling, stop_strings, wanted_choices
+from cortex.wire.chat import ChatChunk, ChatRequest
 from cortex.wire.errors import BadRequest, ContextTooLong, Internal
 from cortex.wire.node import Limit
 
@@ -63,41 +56,75 @@ class TextChat:
     async def chat(self, request_id: str, request: ChatRequest) -> AsyncGenerator[ChatChunk, None]:
         """The reply, chunk by chunk; nothing comes before the first token.
 
-        The first chunk carries the role, the last but one or last the finish reason. The usage chunk comes
-        last where `stream_options.include_usage` asks for it, and always for a request that does not
-        stream, so that `collect` finds it. Timings are on the last chunk. Closing the iterator ends the
-        engine's sequence.
+        The first chunk of each choice carries the role, its last one the finish reason; chunks of several
+        choices come mixed. The usage chunk comes last where `stream_options.include_usage` asks for it,
+        and always for a request that does not stream, so that `collect` finds it. Timings are on the last
+        chunk, those of the choice that ended last. Closing the iterator ends the engine's sequences.
 
         Raises BadRequest (ContextTooLong with `max` and `prompt_tokens`) before any work, and what the
         engine raises.
         """
         refuse_unsupported(request)
-        reply = Reply(self._codec, stop_strings(request), self._timer)
-        wish = sampling(request, self._codec.defaults, self._codec.stop_ids)
+        stops, count = stop_strings(request), wanted_choices(request)
+        wish = sampling(request, self._codec)
         ids = await self._encode(request)
-        chunks = Chunks(request_id, self._model_id, int(self._clock()))
-        reply.begin(len(ids))
-        async with _closing(self._engine.generate(request_id, ids, self._fit(wish, len(ids)))) as batches:
-            async for batch in batches:
-                text = reply.take(batch)
-                if reply.finish is not None:
-                    break
-                if text or not chunks.started:
-                    yield chunks.text(text)
-        if reply.finish is None:
-            raise Internal("The engine ended the reply without saying why. Send the request again.")
-        if text or not chunks.started:
-            yield chunks.text(text)
-        asked = bool(request.stream_options and request.stream_options.include_usage)
-        if asked or not request.stream:
-            yield chunks.finish(reply.finish)
-            yield chunks.usage(reply.usage(), reply.timings())
-        else:
-            yield chunks.finish(reply.finish, reply.timings())
+        order = self._fit(wish, len(ids))
+        replies = self._replies(request_id, count, stops, order, len(ids))
+        sources = [
+            self._say(request_id, ids, of_choice(order, index), reply) for index, reply in enumerate(replies)
+        ]
+        asked = request.stream_options and request.stream_options.include_usage
+        with_usage = bool(asked) or not request.stream
+        running, last = len(replies), replies[0]
+        async with closing(sources[0] if running == 1 else side_by_side(sources)) as chunks:
+            async for chunk in chunks:
+                (choice,) = chunk.choices
+                if choice.finish_reason is not None:
+                    running, last = running - 1, replies[choice.index]
+                    if not running and not with_usage:
+                        chunk.timings = last.timings()
+                yield chunk
+        if with_usage:
+            yield last.usage_chunk(usage(replies))
 
     async def count(self, request: ChatRequest) -> int:
         """Tokens of the rendered prompt. Raises BadRequest."""
         return len(await self._encode(request))
+
+    def _replies(
+        self, request_id: str, count: int, stops: tuple[str, ...], order: Sampling, prompt_tokens: int
+    ) -> list[Reply]:
+        reply_id = f"chatcmpl-{request_id or secrets.token_hex(12)}"
+        created = int(self._clock())
+        return [
+            Reply(
+                Chunks(reply_id, self._model_id, created, index),
+                self._codec,
+                stops,
+                self._timer,
+                prompt_tokens=prompt_tokens,
+                logprobs=order.logprobs is not None,
+            )
+            for index in range(count)
+        ]
+
+    async def _say(
+        self, request_id: str, ids: Sequence[int], order: Sampling, reply: Reply
+    ) -> AsyncGenerator[ChatChunk, None]:
+        """The chunks of one choice; its sequence is over before the last of them comes."""
+        chunk = None
+        async with closing(self._engine.generate(request_id, ids, order)) as batches:
+            async for batch in batches:
+                chunk = reply.take(batch)
+                if reply.finish is not None:
+                    break
+                if chunk is not None:
+                    yield chunk
+        if reply.finish is None:
+            raise Internal("The engine ended the reply without saying why. Send the request again.")
+        if chunk is not None:
+            yield chunk
+        yield reply.last_chunk()
 
     async def _encode(self, request: ChatRequest) -> list[int]:
         variables = request.chat_template_kwargs or {}
@@ -129,7 +156,9 @@ class TextChat:
             room.append(limit.context - prompt_tokens)
         if min(room) < 1:
             raise self._too_long(prompt_tokens)
-        return msgspec.structs.replace(wish, max_tokens=min(room))
+        most = min(room)
+        reserve = None if wish.reserve is None else min(wish.reserve, most)
+        return msgspec.structs.replace(wish, max_tokens=most, reserve=reserve)
 
     def _too_long(self, prompt_tokens: int, about: str = "") -> ContextTooLong:
         context, longest = self._limit.context, self._limit.input
@@ -143,35 +172,3 @@ class TextChat:
             param="messages",
             details={"max": longest, "prompt_tokens": prompt_tokens},
         )
-
-
-async def collect(chunks: AsyncIterator[ChatChunk]) -> ChatCompletion:
-    """The whole reply as one object; closes `chunks`. Raises what they raise."""
-    reply = ChatCompletion()
-    choice = Choice(message=ReplyMessage(content=""))
-    texts: list[str] = []
-    async with _closing(chunks):
-        async for chunk in chunks:
-            reply.id, reply.created, reply.model = chunk.id, chunk.created, chunk.model
-            for part in chunk.choices:
-                if isinstance(part.delta.content, str):
-                    texts.append(part.delta.content)
-                choice.finish_reason = part.finish_reason or choice.finish_reason
-            if isinstance(chunk.usage, Usage):
-                reply.usage = chunk.usage
-            if isinstance(chunk.timings, Timings):
-                reply.timings = chunk.timings
-    choice.message.content = "".join(texts)
-    reply.choices = [choice]
-    return reply
-
-
-@asynccontextmanager
-async def _closing(source: AsyncIterator[Any]) -> AsyncIterator[AsyncIterator[Any]]:
-    """As contextlib.aclosing, for iterators that may have nothing to close."""
-    try:
-        yield source
-    finally:
-        close = getattr(source, "aclose", None)
-        if close is not None:
-            await close()

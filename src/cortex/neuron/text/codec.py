@@ -5,6 +5,7 @@ Knows where a GGUF file and a model directory keep these facts. Knows no request
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -95,6 +96,10 @@ class TextCodec:
             return [self._bos, *ids]
         return ids
 
+    def token_bytes(self, id: int) -> bytes:
+        """What one id spells, a special token its name; b"" for an id that is no token."""
+        return self._bytes(id) or (self._tokenizer.id_to_token(id) or "").encode()
+
     def detokenizer(self) -> Detokenizer:
         return IncrementalDetokenizer(self._bytes)
 
@@ -118,7 +123,7 @@ def codec_from_gguf(metadata: Mapping[str, Any], *, now: Callable[[], datetime] 
         ChatTemplate(_gguf_templates(metadata), special_tokens=texts, now=now),
         ends=frozenset(ends),
         bos=declared("bos") if adds_bos else None,
-        defaults=_defaults(metadata, "general.sampling.temp", "general.sampling."),
+        defaults=_defaults(metadata, "general.sampling.", temperature="temp", penalty="penalty_repeat"),
     )
 
 
@@ -141,23 +146,24 @@ def codec_from_directory(path: Path, *, now: Callable[[], datetime] = datetime.n
         ChatTemplate(_directory_templates(path, settings), special_tokens=texts, now=now),
         ends=frozenset(ends if eos is None else ends | {eos}),
         bos=bos if settings.get("add_bos_token") is True else None,
-        defaults=_defaults(generation, "temperature", ""),
+        defaults=_defaults(generation, "", temperature="temperature", penalty="repetition_penalty"),
     )
 
 
-def _defaults(found: Mapping[str, Any], temperature: str, prefix: str) -> SamplingDefaults:
-    """Values that are no numbers are left out: a recommendation is no reason to refuse a model."""
+def _defaults(found: Mapping[str, Any], prefix: str, *, temperature: str, penalty: str) -> SamplingDefaults:
+    """Values that make no sense are left out: a recommendation is no reason to refuse a model."""
 
     def number(name: str) -> float | None:
         value = found.get(name)
         return value if isinstance(value, int | float) else None
 
-    top_k = number(f"{prefix}top_k")
+    top_k, repetition = number(f"{prefix}top_k"), number(f"{prefix}{penalty}")
     return SamplingDefaults(
-        temperature=number(temperature),
+        temperature=number(f"{prefix}{temperature}"),
         top_k=None if top_k is None else int(top_k),
         top_p=number(f"{prefix}top_p"),
         min_p=number(f"{prefix}min_p"),
+        repetition_penalty=repetition if repetition is not None and 0 < repetition < math.inf else None,
     )
 
 

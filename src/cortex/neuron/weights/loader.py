@@ -125,6 +125,8 @@ def _check_piece(piece: Piece, checkpoint: Checkpoint, parameter: nn.Parameter) 
     stop = tensor.rows if piece.stop is None else piece.stop
     if not 0 <= piece.start <= stop <= tensor.rows or (piece.pairs and (stop - piece.start) % piece.pairs):
         raise LoadFailed(f"{where} has {tensor.rows} rows; rows {piece.start} to {stop} are needed.")
+    if piece.columns is not None and not 0 <= piece.columns[0] <= piece.columns[1] <= tensor.columns:
+        raise LoadFailed(f"{where} has {tensor.columns} columns; columns {piece.columns} are needed.")
     return tensor
 
 
@@ -132,7 +134,10 @@ def _check_shape(
     parameter: nn.Parameter, source: Source, tensors: list[TensorInfo], checkpoint: Checkpoint
 ) -> None:
     rows = sum(_rows(piece, tensor) for piece, tensor in zip(source, tensors, strict=True))
-    columns = {tensor.columns for tensor in tensors}
+    columns = {
+        tensor.columns if piece.columns is None else piece.columns[1] - piece.columns[0]
+        for piece, tensor in zip(source, tensors, strict=True)
+    }
     wanted = parameter.shape[1] if parameter.dim() > 1 else 1
     if rows != parameter.shape[0] or columns != {wanted}:
         shapes = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in tensors)
@@ -169,7 +174,9 @@ def _read(
         last = min(count, first + step)
         raw = _bytes(checkpoint.rows(tensor.name, piece.start + first, piece.start + last))
         numbers = dequantize(raw.view(last - first, tensor.row_bytes), tensor.dtype)
-        target[first:last].copy_(numbers.view(target[first:last].shape))
+        if piece.columns is not None:
+            numbers = numbers[:, slice(*piece.columns)]
+        target[first:last].copy_(numbers.view(target[first:last].shape) if target.dim() == 1 else numbers)
         progress.add(raw.numel())
 
 

@@ -12,6 +12,7 @@ import msgspec
 class Piece(msgspec.Struct, frozen=True):
     """Rows [start, stop) of one tensor (all by default); a row of a vector is one element.
 
+    `columns` are those that are taken of each row, (start, stop), all by default.
     `pairs` is 0, or the rows of one attention head whose rotary halves are stored one after the
     other: of each head, row i and row i + pairs/2 then become rows 2i and 2i + 1.
     """
@@ -20,6 +21,7 @@ class Piece(msgspec.Struct, frozen=True):
     start: int = 0
     stop: int | None = None
     pairs: int = 0
+    columns: tuple[int, int] | None = None
 
 
 Source = tuple[Piece, ...]

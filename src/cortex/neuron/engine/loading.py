@@ -1,0 +1,124 @@
+"""A worker's first order: the model loaded as it says, and what the loop needs besides.
+
+Knows the message and the runner; not what comes after.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, cast, get_args
+
+import torch
+
+from cortex.neuron.engine import ranks
+from cortex.neuron.engine.blocks import BlockPool
+from cortex.neuron.engine.channel import Channel, PeerGone
+from cortex.neuron.engine.messages import Load, LoadProgress
+from cortex.neuron.engine.paged import PAGE
+from cortex.neuron.engine.runner import CudaOptions, Runner, load_runner
+from cortex.neuron.engine.scheduler import Scheduler
+from cortex.neuron.engine.threads import best_threads
+from cortex.neuron.nn.placement import Dtype, Placement, Share
+from cortex.wire.errors import LoadFailed
+
+PROGRESS_INTERVAL: Final = 0.1
+"""Seconds between two reports of a load."""
+BLOCK: Final = 16
+"""Tokens of a cache block: few, so that little of a turn is computed again."""
+
+_log: Final = logging.getLogger("cortex.neuron.worker")
+
+
+def load_model(order: Load, channel: Channel) -> Runner:
+    """The model, its threads chosen. Raises LoadFailed, PeerGone."""
+    if order.context < 1 or order.cache_tokens < order.context or order.prefill_chunk < 1:
+        raise LoadFailed(
+            f"A cache of {order.cache_tokens} tokens and chunks of {order.prefill_chunk} "
+            f"cannot serve a context of {order.context}."
+        )
+    placement = _placement(order)
+    try:
+        # Loading keeps its threads busy with whole parameters; a step splits its operations.
+        torch.set_num_threads(1)
+        if order.world > 1:
+            ranks.join(placement.share, order.meeting, device=placement.device)
+        runner = load_runner(
+            Path(order.path),
+            placement,
+            cache_rows=pool_blocks(order) * block_size(order),
+            report=_reporter(channel),
+            threads=order.threads,
+            cuda=_cuda_options(order),
+        )
+        torch.set_num_threads(order.threads)
+        if order.world == 1 and placement.device.type == "cpu":
+            torch.set_num_threads(best_threads(runner, order.threads))
+    except (LoadFailed, PeerGone):
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise LoadFailed(f"{order.path} does not fit into the memory of {order.device}.") from None
+        _log.exception("loading %s failed", order.path)
+        raise LoadFailed(f"{order.path} could not be loaded ({type(error).__name__}: {error}).") from None
+    return runner
+
+
+def make_scheduler(order: Load, vocab: int) -> Scheduler:
+    return Scheduler(
+        BlockPool(pool_blocks(order), block_size(order), caching=order.prefix_cache),
+        context=order.context,
+        prefill_chunk=order.prefill_chunk,
+        vocab=vocab,
+        clock=time.monotonic,
+        max_running=order.max_running,
+        max_wait_s=order.max_wait_s,
+    )
+
+
+def pool_blocks(order: Load) -> int:
+    return -(-order.cache_tokens // block_size(order))
+
+
+def block_size(order: Load) -> int:
+    return PAGE if any(_cuda_options(order)) else BLOCK
+
+
+def _cuda_options(order: Load) -> CudaOptions:
+    options = order.options if order.device != "cpu" else {}
+    return CudaOptions(options.get("cuda_paged") is True, options.get("cuda_graphs") is True)
+
+
+def out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _placement(order: Load) -> Placement:
+    if order.dtype not in get_args(Dtype):
+        raise LoadFailed(f"The dtype {order.dtype!r} is unknown; known are {', '.join(get_args(Dtype))}.")
+    device = torch.device("cpu" if order.device == "cpu" else "cuda")
+    placement = Placement(device, cast(Dtype, order.dtype), Share(order.rank, order.world))
+    if order.dtype == "int8" and not placement.packed:
+        raise LoadFailed("The form int8 exists on CPUs only so far; leave quant out.")
+    if placement.packed and "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise LoadFailed(f"{order.dtype} needs FBGEMM, which this build of torch lacks; use dtype float32.")
+    return placement
+
+
+def _reporter(channel: Channel) -> Callable[[int, int], None]:
+    """Sends a load's progress now and then; each call notices a closed socket."""
+    due = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal due
+        channel.check()
+        now = time.monotonic()
+        if now >= due or done == total:
+            due = now + PROGRESS_INTERVAL
+            channel.send(LoadProgress(phase="weights", done=done, total=total))
+
+    return report

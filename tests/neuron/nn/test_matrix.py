@@ -1,0 +1,282 @@
+"""The packed forms against products in fp64, with both integer kernels wherever the CPU has them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cortex.neuron.nn import matrix as forms
+from cortex.neuron.nn.matrix import Fbgemm, HalfMatrix, IntegerKernel, IntegerMatrix, OneDnn, pack
+from cortex.neuron.nn.packing import integer_bytes, most_bytes, packed_bytes
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated
+
+ENGINES = torch.backends.quantized.supported_engines
+needs_onednn = pytest.mark.skipif(
+    "onednn" not in ENGINES or not torch.cpu._is_vnni_supported(),
+    reason="oneDNN's int8 products are exact on CPUs with VNNI only",
+)
+needs_fbgemm = pytest.mark.skipif("fbgemm" not in ENGINES, reason="this build of torch lacks FBGEMM")
+each_kernel = pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(OneDnn(), id="onednn", marks=needs_onednn),
+        pytest.param(Fbgemm(), id="fbgemm", marks=needs_fbgemm),
+    ],
+)
+each_form = pytest.mark.parametrize("planes", [1, 2])
+
+WEIGHT_STEPS = {1: 127, 2: 127 * 256}
+"""How many steps a weight's form has up to the largest weight of an output."""
+
+
+def activation_steps(kernel: IntegerKernel) -> int:
+    return 127 * 256 if kernel.base == 256 else 63 * 127 + 63
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    exact = x.double() @ weight.double().T
+    return exact if bias is None else exact + bias.double()
+
+
+def most_error(x: Tensor, weight: Tensor, planes: int, kernel: IntegerKernel) -> Tensor:
+    """What a form may be off by at worst, every rounding half a step in the worst direction: [T, outputs].
+
+    With two planes, also what the two lower ones might have added.
+    """
+    a, w = x.abs().double(), weight.abs().double()
+    step_a = a.amax(1, keepdim=True) / activation_steps(kernel)
+    step_w = w.amax(1) / WEIGHT_STEPS[planes]
+    worst = step_a / 2 * w.sum(1) + a.sum(1, keepdim=True) * step_w / 2 + step_a * step_w / 4 * x.shape[1]
+    if planes == 2:
+        worst = worst + step_a * step_w * (kernel.base / 2) * 128 * x.shape[1]
+    return worst + 1e-6 * a @ w.T + 1e-25
+
+
+def test_a_half_matrix_loses_nothing_but_the_rounding_of_its_weight() -> None:
+    weight, bias = random(50, 72, seed=2), random(50, seed=3)
+    for rows in (1, 3, 70):
+        x = random(rows, 72)
+        for added in (None, bias):
+            expected = product(x, weight.half(), added)
+            assert torch.allclose(HalfMatrix(weight, added)(x).double(), expected, atol=1e-5)
+
+
+@each_kernel
+@pytest.mark.parametrize(
+    ("planes", "most"),
+    # A normal weight is some 3.5 / 127 steps wide and off by a twelfth root of that; of two planes, half of
+    # the error is the product of the lower ones. FBGEMM's activations have two bits less.
+    [(1, {256: 0.01, 127: 0.01}), (2, {256: 1.2e-4, 127: 3e-4})],
+)
+def test_normal_numbers_come_out_as_exact_as_the_form_is_fine(
+    kernel: IntegerKernel, planes: int, most: dict[int, float]
+) -> None:
+    for inputs in (64, 576, 1536):
+        x, weight, bias = random(40, inputs), random(96, inputs, seed=2), random(96, seed=3)
+        found = IntegerMatrix(weight, bias, planes, kernel)(x)
+        expected = product(x, weight, bias)
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() <= most[kernel.base] * expected.norm()
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows, weight and bias of any shape, rows and outputs and inputs of very different size."""
+    rows, outputs = draw(st.integers(1, 40)), draw(st.sampled_from([1, 2, 15, 16, 17, 64, 65, 130]))
+    inputs = draw(st.sampled_from([1, 2, 3, 31, 63, 64, 65, 72, 100, 128, 200, 511, 513, 700]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def some(*shape: int) -> Tensor:
+        sizes = torch.randint(-4, 5, (2, *shape), generator=generator)
+        near, far = (10.0 ** sizes[:, :, :1].float(), 10.0 ** (sizes[:, :1].float() / 4))
+        values = torch.randn(shape, generator=generator) * near[0] * far[1]
+        return values * (torch.rand(shape, generator=generator) > draw(st.sampled_from([0.0, 0.5, 0.95])))
+
+    bias = torch.randn(outputs, generator=generator) if draw(st.booleans()) else None
+    return some(rows, inputs), some(outputs, inputs), bias
+
+
+@each_kernel
+@each_form
+@settings(max_examples=60)
+@given(problem=problems())
+def test_no_result_is_off_by_more_than_its_roundings(
+    kernel: IntegerKernel, planes: int, problem: tuple[Tensor, Tensor, Tensor | None]
+) -> None:
+    x, weight, bias = problem
+    found = IntegerMatrix(weight, bias, planes, kernel)(x)
+    most = most_error(x, weight, planes, kernel)
+    if bias is not None:
+        most = most + 1e-6 * bias.abs()
+    assert found.shape == (x.shape[0], weight.shape[0])
+    assert ((found - product(x, weight, bias)).abs() <= most).all()
+
+
+@pytest.mark.slow
+@each_kernel
+@each_form
+@settings(max_examples=40)
+@given(problem=problems())
+def test_a_row_alone_is_the_row_among_others_bit_by_bit(
+    kernel: IntegerKernel, planes: int, problem: tuple[Tensor, Tensor, Tensor | None]
+) -> None:
+    x, weight, bias = problem
+    matrix = IntegerMatrix(weight, bias, planes, kernel)
+    together = matrix(x)
+    assert all(torch.equal(matrix(x[row : row + 1])[0], together[row]) for row in range(x.shape[0]))
+
+
+@each_kernel
+@each_form
+def test_however_many_and_large_its_batch_mates_a_row_comes_out_the_same(
+    kernel: IntegerKernel, planes: int
+) -> None:
+    matrix = IntegerMatrix(random(200, 576), random(200, seed=2), planes, kernel)
+    own = random(1, 576, seed=3)
+    alone = matrix(own)
+    for others in range(1, 40):
+        mates = random(others, 576, seed=others)
+        mates[others // 2] *= 1000
+        mates[0, others] = 1e6
+        for place in {0, others // 2, others}:
+            batch = torch.cat((mates[:place], own, mates[place:]))
+            assert torch.equal(matrix(batch)[place], alone[0])
+
+
+@each_kernel
+@each_form
+def test_a_view_of_rows_that_do_not_lie_together_is_taken_as_it_is(
+    kernel: IntegerKernel, planes: int
+) -> None:
+    matrix = IntegerMatrix(random(20, 64), None, planes, kernel)
+    wide = random(5, 200, seed=2)
+    assert torch.equal(matrix(wide[:, 100:164]), matrix(wide[:, 100:164].contiguous()))
+
+
+@each_kernel
+@each_form
+def test_rows_and_outputs_of_zeros_give_zeros(kernel: IntegerKernel, planes: int) -> None:
+    x, weight, bias = random(3, 70), random(6, 70, seed=2), random(6, seed=3)
+    x[1] = weight[4] = 0
+    assert torch.equal(IntegerMatrix(weight, None, planes, kernel)(x)[1], torch.zeros(6))
+    found = IntegerMatrix(weight, bias, planes, kernel)(x)
+    assert torch.equal(found[1], bias)
+    assert torch.equal(found[:, 4], bias[4].expand(3))
+
+
+@each_kernel
+@each_form
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_with_no_number_spoils_all_of_itself_and_nothing_else(
+    kernel: IntegerKernel, planes: int, bad: float
+) -> None:
+    x, weight = random(4, 70), random(6, 70, seed=2)
+    clean = IntegerMatrix(weight, None, planes, kernel)(x)
+    x[2, 33] = bad
+    found = IntegerMatrix(weight, None, planes, kernel)(x)
+    assert not found[2].isfinite().any()
+    assert torch.equal(found[[0, 1, 3]], clean[[0, 1, 3]])
+    half = HalfMatrix(weight, None)(x)
+    assert half.isfinite().all(1).tolist() == [True, True, False, True]
+
+
+@each_kernel
+@each_form
+def test_a_damaged_weight_shows_in_its_output_and_no_other(kernel: IntegerKernel, planes: int) -> None:
+    x, weight = random(4, 70), random(6, 70, seed=2)
+    weight[3, 5] = float("nan")
+    found = IntegerMatrix(weight, None, planes, kernel)(x)
+    assert found.isfinite().all(0).tolist() == [True, True, True, False, True, True]
+
+
+@each_kernel
+@pytest.mark.parametrize(
+    ("planes", "most", "most_of_others"),
+    [(1, {256: 0.01, 127: 0.01}, {256: 0.4, 127: 0.4}), (2, {256: 3e-4, 127: 1e-3}, {256: 0.015, 127: 0.05})],
+)
+def test_one_outlier_among_the_inputs_leaves_the_error_small(
+    kernel: IntegerKernel, planes: int, most: dict[int, float], most_of_others: dict[int, float]
+) -> None:
+    """As the first tokens of a text have it: small next to the results, which the outlier makes large, and
+    with two planes next to what the other inputs add to them.
+    """
+    x, weight = random(20, 576), random(96, 576, seed=2)
+    x[:, 100] *= 1000
+    expected = product(x, weight)
+    others = x.clone()
+    others[:, 100] = 0
+    error = (IntegerMatrix(weight, None, planes, kernel)(x) - expected).norm()
+    assert error <= most[kernel.base] * expected.norm()
+    assert error <= most_of_others[kernel.base] * product(others, weight).norm()
+
+
+@each_kernel
+def test_the_weight_is_not_changed_by_packing_it(kernel: IntegerKernel) -> None:
+    weight = random(50, 72)
+    before = weight.clone()
+    for planes in (1, 2):
+        IntegerMatrix(weight, None, planes, kernel)
+    assert torch.equal(weight, before)
+
+
+# --- bytes and choices ----------------------------------------------------------------------------
+
+SIZES = [(1, 1), (64, 1), (72, 50), (63, 33), (65, 49), (576, 960), (576, 1536), (1536, 576), (4864, 896)]
+
+
+@needs_onednn
+@pytest.mark.parametrize(("inputs", "outputs"), [*SIZES, (576, 49152)])
+def test_an_integer_matrix_takes_what_was_foretold(inputs: int, outputs: int) -> None:
+    """Of oneDNN's packed tensor, its scales (fp32) and its zero points (int64)."""
+    packed, scale, zero = OneDnn().pack(torch.ones(outputs, inputs, dtype=torch.int8), torch.ones(outputs))
+    taken = torch.ops.mkldnn._nbytes(packed) + scale.nbytes + zero.nbytes
+    assert taken <= integer_bytes(inputs, outputs, 1) <= 1.1 * taken + 1024
+    assert integer_bytes(inputs, outputs, 2) == 2 * integer_bytes(inputs, outputs, 1)
+
+
+@each_kernel
+@each_form
+def test_a_matrix_knows_its_bytes(kernel: IntegerKernel, planes: int) -> None:
+    assert IntegerMatrix(random(50, 72), None, planes, kernel).nbytes == integer_bytes(72, 50, planes)
+    assert HalfMatrix(random(50, 72), None).nbytes == packed_bytes(72, 50)
+
+
+@pytest.mark.parametrize("dtype", ["packed16", "int8"])
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_whatever_a_cpu_takes_it_takes_no_more_than_planned(inputs: int, outputs: int, dtype: str) -> None:
+    matrix = pack(random(outputs, inputs), None, dtype)
+    assert matrix.nbytes <= most_bytes(inputs, outputs, dtype)
+
+
+@pytest.mark.skipif("onednn" not in ENGINES, reason="this build of torch lacks oneDNN")
+@pytest.mark.parametrize(
+    ("vnni", "amx", "expected"),
+    [
+        (True, True, {"packed16": (2, OneDnn), "int8": (1, OneDnn)}),
+        (True, False, {"packed16": None, "int8": (1, OneDnn)}),
+        (False, False, {"packed16": None, "int8": (1, Fbgemm)}),
+    ],
+)
+def test_the_form_follows_from_what_the_cpu_has(
+    vnni: bool, amx: bool, expected: dict[str, tuple[int, type] | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(forms, "IntegerMatrix", lambda w, b, planes, kernel: (planes, type(kernel)))
+    monkeypatch.setattr(forms, "HalfMatrix", lambda w, b: None)
+    forms.integer_kernel.cache_clear()
+    forms.has_matrix_unit.cache_clear()
+    try:
+        made = [pack(random(2, 2), None, dtype) for dtype in expected]
+    finally:
+        forms.integer_kernel.cache_clear()
+        forms.has_matrix_unit.cache_clear()
+    assert made == list(expected.values())
