@@ -194,8 +194,8 @@ def eight() -> list[Generate]:
 def same(found: Told, wanted: Told, case: Case) -> bool:
     """Whether all tokens are the same; the logits of what was chosen from the same beginning always are.
 
-    In the packed forms a choice may differ where it hung on less than the tolerance, and what follows it then
-    follows something else.
+    In the packed forms a choice may differ where it hung on less than the tolerance (with a temperature,
+    where the drawn number lies between two tokens), and what follows it then follows something else.
     """
     for index, (row, right) in enumerate(zip(found.logits, wanted.logits, strict=False)):
         assert (row - right).abs().max() <= case.tolerance, f"token {index}"
@@ -209,7 +209,7 @@ def same(found: Told, wanted: Told, case: Case) -> bool:
 
 def all_same(found: Sequence[Told], wanted: Sequence[Told], case: Case) -> None:
     agreeing = [same(one, other, case) for one, other in zip(found, wanted, strict=True)]
-    assert sum(agreeing) >= len(agreeing) * 0.75, "choices that hang on a rounding are few"
+    assert sum(agreeing) >= len(agreeing) / 2, "choices that hang on a rounding are few"
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -318,11 +318,13 @@ def test_blocks_that_are_moved_together_keep_what_they_hold(
 
 
 def test_a_seed_says_the_same_whatever_the_batch(case: Case, runner: Runner) -> None:
-    def seeded(key: int, seed: int | None) -> Generate:
+    def seeded(key: int, seed: int) -> Generate:
         return order(key, prompt(1, 20), 20, temperature=1.2, seed=seed)
 
-    (first,) = Engine(runner).run(seeded(1, 9))
+    seeds = range(6)
+    alone = [Engine(runner).run(seeded(1, seed))[0] for seed in seeds]
     others = [order(key, prompt(key, 3 * key), 25, temperature=1.0) for key in range(10, 16)]
-    told = Engine(runner, chunk=16).run(others[0], seeded(1, 9), *others[1:], seeded(2, 9), seeded(3, 10))
-    all_same([told[1], told[-2]], [first, first], case)
-    assert told[-1].tokens != first.tokens
+    mine = [seeded(seed + 1, seed) for seed in seeds]
+    told = Engine(runner, chunk=16).run(*others[:3], *mine[:3], *others[3:], *mine[3:])
+    all_same([*told[3:6], *told[9:]], alone, case)
+    assert len({tuple(one.tokens) for one in alone}) == len(seeds), "each seed says something else"

@@ -41,6 +41,7 @@ class GatedRunner:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
+        self.most_threads: int | None = None
         self.plans: list[StepPlan] = []
         self.fails: Exception | None = None
         self.value = 1.0
@@ -337,6 +338,17 @@ def test_the_nodes_word_on_threads_is_followed(bench: Bench, monkeypatch: pytest
     bench.send(Threads(threads=3), generate(1))
     bench.runner.wait()
     assert told == [3]
+
+
+def test_no_more_threads_are_taken_than_were_measured_to_help(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    bench.runner.most_threads = 2
+    bench.send(Threads(threads=3), Threads(threads=1), generate(1))
+    bench.runner.wait()
+    assert told == [2, 1]
 
 
 def test_stop_ids_are_withheld_until_there_are_enough_tokens(bench: Bench) -> None:

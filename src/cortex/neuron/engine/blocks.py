@@ -7,6 +7,7 @@ one unused for longest going first. Knows no tensors: a place is a number, and c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -216,6 +217,11 @@ def _longest(node: Block, tokens: Tokens) -> tuple[Block | None, int]:
             if shared > most:
                 best, most = child, shared
     return best, most
+
+
+def breaks(blocks: Sequence[Block]) -> int:
+    """How often the next block of a sequence does not lie right after the one before it."""
+    return sum(after.place != before.place + 1 for before, after in itertools.pairwise(blocks))
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -55,7 +55,9 @@ def load_model(order: Load, channel: Channel) -> Runner:
         )
         torch.set_num_threads(order.threads)
         if order.world == 1 and placement.device.type == "cpu":
-            torch.set_num_threads(best_threads(runner, order.threads))
+            best = best_threads(runner, order.threads)
+            runner.most_threads = best if best < order.threads else None
+            torch.set_num_threads(best)
     except (LoadFailed, PeerGone):
         raise
     except Exception as error:

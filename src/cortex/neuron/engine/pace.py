@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Final
 
 STRETCH: Final = 2.2
-"""A step with prefill in it takes at most about so many times one that only decodes."""
+"""A step with prefill in it takes at most about so many times one in which a full batch decodes."""
 MEMORY: Final = 0.3
 """Weight of the newest step in what is believed of the next."""
-LEAST: Final = 16
-"""Tokens: a prompt goes on by this much however slow the steps are."""
+LEAST: Final = 32
+"""Tokens: a prompt goes on by this much however slow the steps are; fewer cost hardly less."""
 UNKNOWN: Final = 64
 SHORTEST: Final = 1e-9
 """Seconds: no step takes less, whatever the clock says."""
@@ -23,25 +23,33 @@ class Pace:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._decode: float | None = None
+        self._decode: dict[int, float] = {}
+        """Seconds of a step that only decodes, by the number of its sequences."""
         self._prefill: float | None = None
+        """Seconds of a prompt's token."""
 
     def budget(self, decoding: int) -> int:
         """Prompt tokens for a step in which `decoding` sequences decode."""
         if not decoding:
             return self._most
-        if self._decode is None or self._prefill is None:
+        if not self._decode or self._prefill is None:
             return min(self._most, UNKNOWN)
-        spare = (STRETCH - 1) * self._decode
+        spare = STRETCH * max(self._decode.values()) - self._beside(decoding)
         return max(min(LEAST, self._most), min(self._most, int(spare / self._prefill)))
 
     def made(self, seconds: float, decoding: int, prefill: int) -> None:
         """A step with so many of each took `seconds`."""
         if not prefill:
-            self._decode = _blend(self._decode, seconds)
+            self._decode[decoding] = _blend(self._decode.get(decoding), seconds)
         elif prefill >= min(LEAST, self._most):
-            beside = (self._decode or 0.0) if decoding else 0.0
-            self._prefill = _blend(self._prefill, max(seconds - beside, seconds / 8, SHORTEST) / prefill)
+            own = max(seconds - self._beside(decoding), seconds / 8, SHORTEST)
+            self._prefill = _blend(self._prefill, own / prefill)
+
+    def _beside(self, decoding: int) -> float:
+        """Seconds that so many sequences decode in: those of the most similar batch that is known."""
+        if not decoding or not self._decode:
+            return 0.0
+        return self._decode[min(self._decode, key=lambda known: abs(known - decoding))]
 
 
 def _blend(known: float | None, new: float) -> float:

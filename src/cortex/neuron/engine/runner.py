@@ -54,6 +54,8 @@ class Runner:
         self.device = placement.device
         self.shape = shape
         self.weight_bytes = weight_bytes
+        self.most_threads: int | None = None
+        """More CPU threads than this do not make a step faster, if that is known."""
         self.cache_bytes = cache.nbytes
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from cortex.hookspecs import TokenLogprobs
-from cortex.neuron.engine.blocks import BlockPool, Match
+from cortex.neuron.engine.blocks import BlockPool, Match, breaks
 from cortex.neuron.engine.messages import Generate, Output
 from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.sequence import Sequence
@@ -274,6 +274,9 @@ class Scheduler:
         if pool.available < len(own):
             return
         moved = pool.take(len(own))
+        if breaks(moved) >= breaks(own):
+            pool.release(moved)  # the room that there is lies no less scattered
+            return
         for block, spare in zip(own, moved, strict=True):
             if block.tokens is not None:
                 self._copies.append(Copy(block.place * size, spare.place * size, size))

@@ -115,7 +115,7 @@ class Loop:
                 if refused is not None:
                     self._channel.send(Step(outputs=[refused]))
             case Threads():
-                torch.set_num_threads(order.threads)
+                torch.set_num_threads(min(order.threads, self._runner.most_threads or order.threads))
             case Load():
                 raise PeerGone("a second Load came")
 
