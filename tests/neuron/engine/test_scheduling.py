@@ -7,7 +7,7 @@ import pytest
 from cortex.hookspecs import EngineTimings, Sampling, TokenLogprobs
 from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.messages import Generate, Output
-from cortex.neuron.engine.pace import UNKNOWN
+from cortex.neuron.engine.pace import FIRST
 from cortex.neuron.engine.scheduler import MOST_RUNS, Sampled, Scheduled, Scheduler
 from cortex.neuron.engine.sequence import Sequence
 from cortex.neuron.nn.plan import Segment
@@ -236,11 +236,11 @@ def test_beside_those_who_decode_a_prompt_goes_on_by_what_the_pace_allows() -> N
     made.add(order(1, length=2, max_tokens=50))
     step(made)
     made.add(order(2, length=1000))
-    assert planned(made).prefill == UNKNOWN, "of the first steps nothing is known"
+    assert planned(made).prefill == FIRST, "of the first steps nothing is known"
     made.pace.made(0.010, 1, 0)
-    made.pace.made(0.010 + 0.1, 1, 1000)  # a tenth of a millisecond for a token of a prompt
+    made.pace.made(1.0, 1, FIRST)  # far too long beside one who decodes
     scheduled = planned(made)
-    assert (scheduled.decoding, scheduled.prefill) == (1, 120)
+    assert (scheduled.decoding, scheduled.prefill) == (1, FIRST // 2)
     assert scheduled.sampled == scheduled.sequences[:1]
     made.cancel(1)
     assert planned(made).prefill == 512, "nobody decodes"

@@ -7,6 +7,7 @@ gathered and no mask is made. Whoever plans the steps owns the rows. Knows no mo
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,7 @@ class RunCache:
     """`rows` tokens for every layer, of as many sequences as they hold."""
 
     def __init__(self, layers: int, rows: int, kv_heads: int, width: int, device: torch.device) -> None:
-        self._stored = torch.empty(layers, rows, 2, kv_heads, width, device=device)
+        self._stored = _reserved((layers, rows, 2, kv_heads, width), device)
         self.nbytes = self._stored.nbytes
         self.layers = [LayerRuns(layer) for layer in self._stored.unbind()]
 
@@ -31,6 +32,17 @@ class RunCache:
         """Copy rows of every layer, one order after the other."""
         for source, target, count in _joined(copies):
             self._stored.narrow(1, target, count).copy_(self._stored.narrow(1, source, count))
+
+
+def _reserved(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """fp32 that takes no memory of the host before it is written to, and then a small page at a time: in huge
+    pages a new row would stop the step until megabytes of every layer are cleared.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, device=device)
+    size = max(4 * math.prod(shape), mmap.PAGESIZE)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.float32, count=math.prod(shape)).view(shape)
 
 
 def _joined(copies: Sequence[Copy]) -> list[tuple[int, int, int]]:

@@ -57,6 +57,7 @@ def run(sock: socket.socket) -> None:
         except LoadFailed as error:
             channel.send(LoadRefused(code=error.code, message=error.message))
             return
+        heap.settle()
         heap.keep_buffers()
         channel.send(Ready(weight_bytes=runner.weight_bytes, cache_bytes=runner.cache_bytes))
         ranks = Ranks(Share(order.rank, order.world), runner.device)
