@@ -272,11 +272,14 @@ def test_the_form_follows_from_what_the_cpu_has(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(forms, "IntegerMatrix", lambda w, b, planes, kernel: (planes, type(kernel)))
     monkeypatch.setattr(forms, "HalfMatrix", lambda w, b: None)
+    few, many = torch.empty(1, forms.FEW_WEIGHTS), torch.empty(1, forms.FEW_WEIGHTS + 1)
     forms.integer_kernel.cache_clear()
     forms.has_matrix_unit.cache_clear()
     try:
-        made = [pack(random(2, 2), None, dtype) for dtype in expected]
+        made = [pack(many, None, dtype) for dtype in expected]
+        small = [pack(few, None, dtype) for dtype in expected]
     finally:
         forms.integer_kernel.cache_clear()
         forms.has_matrix_unit.cache_clear()
     assert made == list(expected.values())
+    assert small == [None, expected["int8"]]

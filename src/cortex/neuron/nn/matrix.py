@@ -20,6 +20,8 @@ _TINY: Final = torch.tensor(1e-30)
 """Keeps the scale of a row of zeros from being zero."""
 _HALF: Final = torch.tensor(128.0)
 _HALF_BIT: Final = torch.tensor(128, dtype=torch.int16)
+FEW_WEIGHTS: Final = 2**21
+"""Up to so many, splitting and joining two planes costs a decode step more than their product saves."""
 
 
 class Matrix(Protocol):
@@ -166,6 +168,6 @@ def pack(weight: Tensor, bias: Tensor | None, dtype: str) -> Matrix:
     """The matrix in the form that `dtype` (`packed16` or `int8`) means on this CPU."""
     if dtype == "int8":
         return IntegerMatrix(weight, bias, 1, integer_kernel())
-    if has_matrix_unit():
+    if has_matrix_unit() and weight.numel() > FEW_WEIGHTS:
         return IntegerMatrix(weight, bias, 2, integer_kernel())
     return HalfMatrix(weight, bias)
