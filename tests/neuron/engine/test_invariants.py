@@ -24,6 +24,7 @@ from cortex.neuron.engine.loading import BLOCK
 from cortex.neuron.engine.messages import Generate
 from cortex.neuron.engine.runner import Runner, load_runner
 from cortex.neuron.engine.scheduler import Scheduler
+from cortex.neuron.nn import matrix
 from cortex.neuron.nn.placement import Dtype, Placement
 
 pytestmark = pytest.mark.slow
@@ -138,7 +139,13 @@ def case(request: pytest.FixtureRequest) -> Case:
 def load(case: Case, write_random: Callable[..., Path]) -> Callable[[], Runner]:
     placement = Placement(torch.device("cpu"), case.form)
     directory = write_random(case.kind, **case.options)
-    return lambda: load_runner(directory, placement, cache_rows=ROWS, report=lambda done, total: None)
+
+    def load() -> Runner:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(matrix, "FEW_WEIGHTS", 0)  # the tiny model takes the form of large matrices
+            return load_runner(directory, placement, cache_rows=ROWS, report=lambda done, total: None)
+
+    return load
 
 
 @pytest.fixture(scope="module")
