@@ -69,6 +69,17 @@ def test_a_half_matrix_loses_nothing_but_the_rounding_of_its_weight() -> None:
             assert torch.allclose(HalfMatrix(weight, added)(x).double(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [None, random(50, seed=3)])
+@pytest.mark.parametrize("damage", [float("nan"), float("inf"), float("-inf")])
+def test_a_half_matrix_does_not_hide_weights_that_are_no_numbers(damage: float, bias: Tensor | None) -> None:
+    weight, x = random(50, 72, seed=2), random(3, 72)
+    weight[7, 5] = damage
+    found = HalfMatrix(weight, bias)(x)
+    assert found[:, 7].isnan().all()
+    rest = [output for output in range(50) if output != 7]
+    assert torch.allclose(found[:, rest].double(), product(x, weight.half(), bias)[:, rest], atol=1e-5)
+
+
 @each_kernel
 @pytest.mark.parametrize(
     ("planes", "most"),

@@ -38,6 +38,9 @@ class HalfMatrix:
     """Weights rounded to fp16, everything else fp32: FBGEMM's `linear_dynamic_fp16`."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        sums = weight.sum(1)
+        if not sums.isfinite().all():  # FBGEMM would clamp such weights, and hide that they are damaged
+            bias = (torch.zeros_like(sums) if bias is None else bias) + sums * 0
         self._packed: Any = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         self.nbytes = packed_bytes(*reversed(weight.shape))
 
