@@ -23,6 +23,7 @@ UPPER = RNG.standard_normal((48, 64), dtype=numpy.float32)
 LOWER = quantize(RNG.standard_normal((16, 64), dtype=numpy.float32), GGMLQuantizationType.Q8_0)
 LOWER_NUMBERS = torch.from_numpy(reference(LOWER, GGMLQuantizationType.Q8_0))
 VECTOR = RNG.standard_normal(48, dtype=numpy.float32)
+STACKED = RNG.standard_normal((4, 6, 64), dtype=numpy.float32)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     writer.add_tensor("upper", UPPER)
     writer.add_tensor("lower", LOWER, raw_dtype=GGMLQuantizationType.Q8_0)
     writer.add_tensor("vector", VECTOR)
+    writer.add_tensor("stacked", STACKED)
     writer.add_tensor("long", numpy.ones((3, CHUNK), dtype=numpy.float16))
     writer.add_tensor("odd", numpy.zeros((4, 256), dtype=numpy.int8))
     writer.write_header_to_file()
@@ -110,6 +112,19 @@ def test_rotary_halves_become_pairs_within_each_head(checkpoint: Checkpoint) -> 
     assert torch.equal(given["b"], torch.from_numpy(VECTOR[order]))
 
 
+def test_rows_of_a_stack_of_matrices_are_counted_through(checkpoint: Checkpoint) -> None:
+    given = filled(checkpoint, Taker(w=(7, 64)), w=(Piece("stacked", 5, 12),))
+    assert torch.equal(given["w"], torch.from_numpy(STACKED.reshape(24, 64)[5:12]))
+
+
+def test_numbers_are_changed_as_their_piece_says_and_no_others(checkpoint: Checkpoint) -> None:
+    source = (Piece("vector", 0, 9, change="one_plus"), Piece("vector", 9, 30), Piece("vector", 30))
+    given = filled(checkpoint, Taker(a=(48,), b=(48,)), a=source, b=(Piece("vector", change="minus_exp"),))
+    vector = torch.from_numpy(VECTOR)
+    assert torch.equal(given["a"], torch.cat((1 + vector[:9], vector[9:])))
+    assert torch.equal(given["b"], -vector.exp())
+
+
 def test_parameters_are_handed_over_in_their_own_dtype(checkpoint: Checkpoint) -> None:
     given = filled(checkpoint, Taker(dtype=torch.float16, w=(16, 64)), w=whole("lower"))
     assert torch.equal(given["w"], LOWER_NUMBERS.half())
@@ -154,7 +169,8 @@ def test_modules_are_filled_in_file_order_whatever_the_tree(checkpoint: Checkpoi
             (Piece("upper", columns=(0, 32)), Piece("lower", columns=(0, 31))),
             r"asks for \[64, 32\]",
         ),
-        ((48,), whole("upper"), r"tensor upper has the shape \[48, 64\]"),
+        ((48,), whole("upper"), r"asks for \[48\], the file has upper \[48, 64\]"),
+        ((48, 1), whole("vector"), r"tensor vector has the shape \[48\]"),
         ((4, 256), whole("odd"), "tensor odd is stored as I8"),
     ],
 )

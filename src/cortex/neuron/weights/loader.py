@@ -120,7 +120,7 @@ def _check_piece(piece: Piece, checkpoint: Checkpoint, parameter: nn.Parameter) 
     where = f"{tensor.file}: tensor {tensor.name}"
     if tensor.dtype not in READABLE:
         raise LoadFailed(f"{where} is stored as {tensor.dtype}; {', '.join(READABLE)} can be read.")
-    if len(tensor.shape) != parameter.dim() or (len(tensor.shape) == 1 and BLOCKS[tensor.dtype][0] != 1):
+    if len(tensor.shape) < parameter.dim() or (len(tensor.shape) == 1 and BLOCKS[tensor.dtype][0] != 1):
         raise LoadFailed(f"{where} has the shape {list(tensor.shape)} as {tensor.dtype}, which does not fit.")
     stop = tensor.rows if piece.stop is None else piece.stop
     if not 0 <= piece.start <= stop <= tensor.rows or (piece.pairs and (stop - piece.start) % piece.pairs):
@@ -161,6 +161,10 @@ def _join(parameter: nn.Parameter, source: Source, checkpoint: Checkpoint, progr
         _read(piece, tensor, target, checkpoint, progress)
         if piece.pairs:
             _interleave(target, piece.pairs)
+        if piece.change == "one_plus":
+            target.add_(1)
+        elif piece.change == "minus_exp":
+            target.exp_().neg_()
         at += count
     return joined
 

@@ -6,7 +6,12 @@ loader carries them out. Knows no torch.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+
+Change = Literal["", "one_plus", "minus_exp"]
+"""What is done to the numbers: nothing; 1 + w, for norms that are stored around zero; -exp(w)."""
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -15,6 +20,7 @@ class Piece(msgspec.Struct, frozen=True):
     `columns` are those that are taken of each row, (start, stop), all by default.
     `pairs` is 0, or the rows of one attention head whose rotary halves are stored one after the
     other: of each head, row i and row i + pairs/2 then become rows 2i and 2i + 1.
+    A tensor of more than two dimensions has as rows all that its last dimension has not.
     """
 
     tensor: str
@@ -22,6 +28,7 @@ class Piece(msgspec.Struct, frozen=True):
     stop: int | None = None
     pairs: int = 0
     columns: tuple[int, int] | None = None
+    change: Change = ""
 
 
 Source = tuple[Piece, ...]
