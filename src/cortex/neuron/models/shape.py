@@ -36,6 +36,24 @@ class Rope(msgspec.Struct, frozen=True):
     divisors: tuple[float, ...] = ()
 
 
+class DeltaShape(msgspec.Struct, frozen=True):
+    """The sizes of Gated DeltaNet layers. In `tiled` files value head v goes with key head v mod key_heads,
+    in others with v // (value_heads / key_heads).
+    """
+
+    key_heads: int
+    value_heads: int
+    key_width: int
+    value_width: int
+    kernel: int
+    tiled: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Value heads for each key head."""
+        return self.value_heads // self.key_heads
+
+
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     """A decoder of the llama kind. Sizes are elements, `max_position` tokens."""
 
