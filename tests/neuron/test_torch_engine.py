@@ -91,7 +91,8 @@ def test_the_dtype_is_the_orders_else_the_configured_else_packed16(tiny: Path) -
         ({"dtype": "bf17"}, "no dtype 'bf17'; it is packed16, int8, float32"),
         ({"dtype": "float32 "}, "no dtype 'float32 '"),
         ({"quant": "q4_k_m"}, "not of the quantisation 'q4_k_m'"),
-        ({"devices": ("cpu", "GPU-a"), "tensor_parallel": 2}, "on one device"),
+        ({"devices": ("cpu",) * 3}, "2 KV heads can neither be divided among 3 ranks"),
+        ({"devices": ("cpu",) * 8}, "4 heads cannot be divided among 8 ranks"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(tiny: Path, more: dict[str, Any], words: str) -> None:

@@ -1,10 +1,11 @@
-"""Two ranks over gloo compute what one does. They are this file, run as a program, one process each."""
+"""Ranks over gloo compute what one does alone. They are forked from this file, run as a program."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cortex.neuron.engine import ranks, worker
-from cortex.neuron.engine.ranks import HEAD, Ranks
+from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.engine.runner import Runner, load_runner
 from cortex.neuron.models import llama, registry
 from cortex.neuron.models.shape import ModelShape
@@ -35,6 +35,7 @@ CPU = torch.device("cpu")
 LAYERS, HIDDEN, HEADS, KV_HEADS, WIDTH, INNER, VOCAB = 2, 40, 8, 4, 8, 96, 320
 QUERIES, KEYS = HEADS * WIDTH, KV_HEADS * WIDTH
 CACHE = 2900
+WORLDS = (2, 4)
 
 
 class Case(NamedTuple):
@@ -159,10 +160,11 @@ def of_encoded_size(size: int) -> StepPlan:
 
 LETTERS = [
     PLANS["mixed"],
-    *(of_encoded_size(HEAD - 8 + more) for more in (-1, 0, 1)),
-    of_encoded_size(5 * HEAD),
     StepPlan([], [], []),
+    StepPlan([1] * 100_000, [Segment(0, 100_000, [(0, 100_000)])], []),
+    *[PLANS["decode"]] * 3,
 ]
+"""Plans of all sizes, the empty one included."""
 
 
 def load(path: Path, case: Case, share: Share, told: list[int]) -> Runner:
@@ -182,33 +184,52 @@ class Outcome(NamedTuple):
     cache: int
 
 
-def be_rank(rank: int, models: Path, meeting: str, target: Path) -> None:
-    torch.set_num_threads(1)
+def be_rank(share: Share, links: list[socket.socket], models: Path) -> dict[str, Any]:
     cast(dict[str, str], registry.FAMILIES)["fused"] = __name__
-    share = Share(rank, 2)
-    ranks.join(share, meeting, device=CPU)
-    link = Ranks(share, CPU)
+    torch.set_num_threads(1)
+    link = Ranks(share, links)
+    link.meet(CPU)
     outcomes: dict[str, Any] = {}
+    plans = link.plans() if share.rank else iter(())
     for name, case in CASES.items():
         told: list[int] = []
         runner = load(models, case, share, told)
         logits: dict[str, Tensor] = {}
-        if rank:
-            worker.follow(runner, link)
-        else:
-            for plan_name, plan in PLANS.items():
+        for plan_name, plan in PLANS.items():
+            if share.rank:
+                assert next(plans) == plan
+            else:
                 link.tell(plan)
-                logits[plan_name] = runner.logits(plan)
-            link.end()
+            found = runner.logits(plan)
+            if not share.rank:
+                logits[plan_name] = found
         outcomes[name] = tuple(Outcome(logits, told[0], runner.cache_bytes))
-    if rank:
-        outcomes["letters"] = msgspec.msgpack.encode(list(link.plans()))
+    if share.rank:
+        outcomes["letters"] = msgspec.msgpack.encode(list(plans))
     else:
         for plan in LETTERS:
             link.tell(plan)
-        link.end()
-    ranks.leave()
-    torch.save(outcomes, target)
+            link.rest()
+    return outcomes
+
+
+def fork_ranks(world: int, models: Path) -> list[int]:
+    """A process a rank, each of which saves its outcome; their pids."""
+    pairs = [socket.socketpair() for _ in range(1, world)]
+    pids = []
+    for rank in range(world):
+        pid = os.fork()
+        if not pid:
+            mine = [pairs[rank - 1][1]] if rank else [pair[0] for pair in pairs]
+            for link in {link for pair in pairs for link in pair} - set(mine):
+                link.close()
+            torch.save(be_rank(Share(rank, world), mine, models), models / f"{rank}of{world}")
+            os._exit(0)  # as workers do, without anybody's clean-up
+        pids.append(pid)
+    for pair in pairs:
+        for link in pair:
+            link.close()
+    return pids
 
 
 # --- the tests ------------------------------------------------------------------------------------
@@ -225,29 +246,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(models: Path) -> list[dict[str, Any]]:
-    """What each of two ranks has saved."""
-    meeting = f"file://{models / 'meeting'}"
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    targets = [models / f"rank{rank}" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), models, meeting, target],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, target in enumerate(targets)
-    ]
-    try:
-        said = [process.communicate(timeout=60)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert [process.returncode for process in processes] == [0, 0], said
-    return [torch.load(target) for target in targets]
+def ranks(models: Path) -> dict[int, list[dict[str, Any]]]:
+    """What each of the ranks has saved, by how many there were."""
+    program = [sys.executable, __file__, str(models), *map(str, WORLDS)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    return {world: [torch.load(models / f"{rank}of{world}") for rank in range(world)] for world in WORLDS}
 
 
 @pytest.fixture(scope="module")
@@ -262,10 +266,11 @@ def one_rank(models: Path) -> Any:
     return compute
 
 
-@pytest.mark.timeout(60)  # the first one waits for two processes that import torch
+@pytest.mark.timeout(60)  # the first one waits for processes that import torch
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_give_the_logits_of_one(two_ranks: list[dict[str, Any]], one_rank: Any, name: str) -> None:
-    found, expected = Outcome(*two_ranks[0][name]), one_rank(name)
+def test_ranks_give_the_logits_of_one(ranks: Any, one_rank: Any, name: str, world: int) -> None:
+    found, expected = Outcome(*ranks[world][0][name]), one_rank(name)
     assert found.logits.keys() == PLANS.keys()
     for plan_name, plan in PLANS.items():
         assert found.logits[plan_name].shape == (len(plan.wanted), VOCAB)
@@ -285,47 +290,31 @@ def test_biases_make_a_difference(one_rank: Any) -> None:
         assert (one_rank(name).logits["prefill"] - one_rank("llama").logits["prefill"]).abs().max() > 0.1
 
 
-def test_a_plan_longer_than_one_message_was_among_them() -> None:
-    assert len(msgspec.msgpack.encode(PLANS["long"])) > HEAD
-    assert [len(msgspec.msgpack.encode(plan)) for plan in LETTERS[1:5]] == [
-        HEAD - 9,
-        HEAD - 8,
-        HEAD - 7,
-        5 * HEAD,
-    ]
-
-
 @pytest.mark.timeout(60)
-def test_plans_of_every_size_arrive_as_they_are_until_the_end(two_ranks: list[dict[str, Any]]) -> None:
-    assert msgspec.msgpack.decode(two_ranks[1]["letters"], type=list[StepPlan]) == LETTERS
+def test_plans_of_every_size_arrive_as_they_are_until_the_end(ranks: Any) -> None:
+    for rank in (1, 2, 3):
+        assert msgspec.msgpack.decode(ranks[4][rank]["letters"], type=list[StepPlan]) == LETTERS
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", ["fused", "llama"])
 def test_a_rank_reads_its_own_rows_only_and_caches_its_own_heads(
-    two_ranks: list[dict[str, Any]], one_rank: Any, name: str
+    ranks: Any, one_rank: Any, name: str
 ) -> None:
     """Of matrices that are split by their columns it has to read every row."""
     shared = LAYERS * 4 * HIDDEN * (QUERIES + 2 * KEYS + 2 * INNER)
     whole = one_rank(name)
-    assert [rank[name][1] for rank in two_ranks] == [whole.read - shared // 2] * 2
-    assert [rank[name][2] for rank in two_ranks] == [whole.cache // 2] * 2
+    assert [rank[name][1] for rank in ranks[2]] == [whole.read - shared // 2] * 2
+    assert [rank[name][2] for rank in ranks[2]] == [whole.cache // 2] * 2
 
 
 @pytest.mark.timeout(60)
-def test_only_one_rank_has_the_biases_that_are_added_after_the_sum(
-    two_ranks: list[dict[str, Any]], one_rank: Any
-) -> None:
-    first, second = (rank["llama-biases"][1] for rank in two_ranks)
+def test_only_one_rank_has_the_biases_that_are_added_after_the_sum(ranks: Any) -> None:
+    first, second = (rank["llama-biases"][1] for rank in ranks[2])
     assert first - second == LAYERS * 4 * 2 * HIDDEN
 
 
-def test_alone_plans_go_nowhere() -> None:
-    link = Ranks(Share(), CPU)
-    assert not link.others
-    link.tell(PLANS["decode"])
-    link.end()
-
-
 if __name__ == "__main__":
-    be_rank(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    # Forked before torch has computed anything: a process that has threads cannot be forked well.
+    started = [pid for world in sys.argv[2:] for pid in fork_ranks(int(world), Path(sys.argv[1]))]
+    sys.exit(any(os.waitpid(pid, 0)[1] for pid in started))
