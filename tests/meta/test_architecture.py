@@ -70,6 +70,7 @@ PARTS = [
             "cortex.web",
             "cortex.neuron.text",
             "cortex.neuron.models.division",
+            "cortex.neuron.models.reading",
             "cortex.neuron.models.shape",
             "cortex.neuron.weights.checkpoint",
             "cortex.neuron.weights.gguf",

@@ -18,7 +18,8 @@ from cortex.hookspecs import Codec, EngineFactory, LoadedModel, LoadOrder, LoadP
 from cortex.neuron.engine import entry
 from cortex.neuron.engine.messages import Load
 from cortex.neuron.models.division import indivisible, largest_share
-from cortex.neuron.models.shape import ModelShape, read_shape
+from cortex.neuron.models.reading import read_shape
+from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.processes import WarmServer
 from cortex.neuron.rank_group import RankGroup
 from cortex.neuron.text.codec import codec_from_directory, codec_from_gguf

@@ -11,7 +11,8 @@ from gguf import GGUFWriter
 from torch import Tensor
 
 from cortex.neuron.engine.runner import Runner, load_runner
-from cortex.neuron.models.shape import ModelShape, read_shape
+from cortex.neuron.models.reading import read_shape
+from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.nn import matrix
 from cortex.neuron.nn.placement import Dtype, Placement
 from cortex.neuron.nn.plan import Copy, Run, Segment, StepPlan, parts

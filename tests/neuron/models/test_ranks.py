@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,7 +34,8 @@ pytestmark = [
 ]
 
 CPU = torch.device("cpu")
-LAYERS, HIDDEN, HEADS, KV_HEADS, WIDTH, INNER, VOCAB = 2, 40, 8, 4, 8, 96, 320
+LAYERS, HIDDEN, HEADS, KV_HEADS, WIDTH, INNER, VOCAB = 2, 40, 8, 2, 8, 96, 321
+"""Four ranks have to share KV heads, and no number of them divides the vocabulary."""
 QUERIES, KEYS = HEADS * WIDTH, KV_HEADS * WIDTH
 CACHE = 2900
 WORLDS = (2, 4)
@@ -177,11 +180,14 @@ def load(path: Path, case: Case, share: Share, told: list[int]) -> Runner:
 
 
 class Outcome(NamedTuple):
-    """What a rank has of a case: logits by plan on the first one, bytes read, bytes of its cache."""
+    """What a rank has of a case: logits by plan on the first one, bytes read, bytes of its cache, and by plan
+    how often ranks met in a sum.
+    """
 
     logits: dict[str, Tensor]
     read: int
     cache: int
+    sums: dict[str, int]
 
 
 def be_rank(share: Share, links: list[socket.socket], models: Path) -> dict[str, Any]:
@@ -190,20 +196,25 @@ def be_rank(share: Share, links: list[socket.socket], models: Path) -> dict[str,
     link = Ranks(share, links)
     link.meet(CPU)
     outcomes: dict[str, Any] = {}
+    all_reduce, count = dist.all_reduce, itertools.count(1)
+    dist.all_reduce = lambda tensor: (next(count), all_reduce(tensor))
     plans = link.plans() if share.rank else iter(())
     for name, case in CASES.items():
         told: list[int] = []
         runner = load(models, case, share, told)
         logits: dict[str, Tensor] = {}
+        sums: dict[str, int] = {}
         for plan_name, plan in PLANS.items():
+            before = next(count)
             if share.rank:
                 assert next(plans) == plan
             else:
                 link.tell(plan)
             found = runner.logits(plan)
+            sums[plan_name] = next(count) - before - 1
             if not share.rank:
                 logits[plan_name] = found
-        outcomes[name] = tuple(Outcome(logits, told[0], runner.cache_bytes))
+        outcomes[name] = tuple(Outcome(logits, told[0], runner.cache_bytes, sums))
     if share.rank:
         outcomes["letters"] = msgspec.msgpack.encode(list(plans))
     else:
@@ -261,7 +272,7 @@ def one_rank(models: Path) -> Any:
         told: list[int] = []
         runner = load(models, CASES[name], Share(), told)
         logits = {plan_name: runner.logits(plan) for plan_name, plan in PLANS.items()}
-        return Outcome(logits, told[0], runner.cache_bytes)
+        return Outcome(logits, told[0], runner.cache_bytes, {})
 
     return compute
 
@@ -277,6 +288,15 @@ def test_ranks_give_the_logits_of_one(ranks: Any, one_rank: Any, name: str, worl
         if plan.wanted:
             difference = (found.logits[plan_name] - expected.logits[plan_name]).abs().max()
             assert difference <= CASES[name].most
+            if CASES[name].dtype == "float32":
+                assert torch.equal(found.logits[plan_name].argmax(1), expected.logits[plan_name].argmax(1))
+
+
+@pytest.mark.timeout(60)
+def test_ranks_meet_twice_a_layer_and_once_for_the_table(ranks: Any) -> None:
+    for name in CASES:
+        for rank in ranks[2]:
+            assert Outcome(*rank[name]).sums == dict.fromkeys(PLANS, 2 * LAYERS + 1)
 
 
 def test_a_fused_tensor_is_its_parts(one_rank: Any) -> None:
@@ -302,16 +322,22 @@ def test_a_rank_reads_its_own_rows_only_and_caches_its_own_heads(
     ranks: Any, one_rank: Any, name: str
 ) -> None:
     """Of matrices that are split by their columns it has to read every row."""
-    shared = LAYERS * 4 * HIDDEN * (QUERIES + 2 * KEYS + 2 * INNER)
-    whole = one_rank(name)
-    assert [rank[name][1] for rank in ranks[2]] == [whole.read - shared // 2] * 2
-    assert [rank[name][2] for rank in ranks[2]] == [whole.cache // 2] * 2
+    row, whole = 4 * HIDDEN, one_rank(name)
+    for world in WORLDS:
+        split = LAYERS * (QUERIES + 2 * INNER)
+        keys = LAYERS * 2 * KEYS
+        missing = split * (world - 1) // world + keys // 2
+        words = [(rank + 1) * VOCAB // world - rank * VOCAB // world for rank in range(world)]
+        read = [whole.read - row * (missing + 2 * (VOCAB - own)) for own in words]
+        assert [rank[name][1] for rank in ranks[world]] == read
+        assert [rank[name][2] for rank in ranks[world]] == [whole.cache // 2] * world
 
 
 @pytest.mark.timeout(60)
 def test_only_one_rank_has_the_biases_that_are_added_after_the_sum(ranks: Any) -> None:
     first, second = (rank["llama-biases"][1] for rank in ranks[2])
-    assert first - second == LAYERS * 4 * 2 * HIDDEN
+    words = 2 * 4 * HIDDEN  # the second rank has one more row of table and head
+    assert first - second == LAYERS * 4 * 2 * HIDDEN - words
 
 
 if __name__ == "__main__":

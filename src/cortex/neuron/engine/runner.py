@@ -16,8 +16,9 @@ from cortex.neuron.engine.graphs import DecodeGraphs
 from cortex.neuron.engine.paged import PAGE, PagedCache
 from cortex.neuron.models import registry
 from cortex.neuron.models.division import indivisible
+from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.registry import CausalModel
-from cortex.neuron.models.shape import ModelShape, read_shape
+from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.nn.placement import Placement
 from cortex.neuron.nn.plan import StepPlan
 from cortex.neuron.nn.step import prepare

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cortex.neuron.models.shape import ModelShape
-    from cortex.neuron.nn.attention import LayerCache
     from cortex.neuron.nn.placement import Placement, Share
     from cortex.neuron.nn.step import Step
     from cortex.neuron.weights.source import Source
 
 FAMILIES: Final[Mapping[str, str]] = {
     "llama": "cortex.neuron.models.llama",
-    "qwen2": "cortex.neuron.models.llama",
+    "qwen2": "cortex.neuron.models.qwen2",
 }
 """Architecture, as GGUF and Hugging Face name it, to the module that builds it."""
 
@@ -38,8 +37,9 @@ class Family(Protocol):
 class CausalModel(Protocol):
     """A model once it is filled."""
 
-    def __call__(self, step: Step, caches: Sequence[LayerCache]) -> Tensor:
-        """Logits of the wanted rows: fp32 [wanted, vocabulary]."""
+    def __call__(self, step: Step, caches: Sequence[Any]) -> Tensor:
+        """Logits of the wanted rows: fp32 [wanted, vocabulary]. `caches` has for each layer the cache of its
+        keys and values, a `LayerCache`, or the state that it has instead, a `LayerState`."""
 
 
 def family(architecture: str) -> Family:
