@@ -17,7 +17,7 @@ from cortex import hookimpl
 from cortex.hookspecs import Codec, EngineFactory, LoadedModel, LoadOrder, LoadPlan
 from cortex.neuron.engine import entry
 from cortex.neuron.engine.messages import Load
-from cortex.neuron.models.division import indivisible, largest_share
+from cortex.neuron.models.division import indivisible, largest_share, rank_weight_bytes
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.processes import WarmServer
@@ -96,7 +96,7 @@ class TorchFactory:
             raise BadRequest(f"{order.model_id}: {hindrance}", param="tensor_parallel")
         share = largest_share(shape, ranks)
         together = max(order.devices.count(device) for device in order.devices)
-        fixed = share.weight_bytes(dtype) + PROCESS_BYTES
+        fixed = rank_weight_bytes(shape, ranks, dtype) + PROCESS_BYTES
         if order.memory_bytes is None:
             cache_tokens = 2 * shape.max_position
             size = together * (fixed + cache_tokens * share.kv_bytes_per_token)
