@@ -1,71 +1,61 @@
-"""Tiny random models made by transformers, which is the reference, and saved in both formats."""
+"""How tests compute what a checkpoint says, and models on a device that is not there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cortex.neuron.engine.runner import load_runner
 from cortex.neuron.models.llama import build
 from cortex.neuron.models.shape import ModelShape, Rope
 from cortex.neuron.nn.placement import Dtype, Placement
+from cortex.neuron.nn.plan import Run, Segment, StepPlan, parts
 
-VOCAB = 199
-
-
-class Tiny(NamedTuple):
-    """`directory` holds it as sharded safetensors with config.json."""
-
-    directory: Path
-    model: Any
-
-    def logits(self, ids: list[int]) -> Tensor:
-        """The reference's, fp32 [len(ids), VOCAB]."""
-        with torch.inference_mode():
-            found: Tensor = self.model(torch.tensor([ids])).logits[0]
-        return found
+CACHE = 400
+"""Tokens."""
 
 
-@pytest.fixture(scope="module")
-def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tiny]:
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+class Computing:
+    """A checkpoint as the engine computes it, fp32 unless another form is asked for."""
 
-    kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    def __init__(self, path: Path, dtype: Dtype = "float32") -> None:
+        placement = Placement(torch.device("cpu"), dtype)
+        self.runner = load_runner(path, placement, cache_rows=CACHE, report=lambda done, total: None)
 
-    def make(kind: str, **options: Any) -> Tiny:
-        config_kind, model_kind = kinds[kind]
-        config = config_kind(
-            **{
-                "vocab_size": VOCAB,
-                "hidden_size": 48,
-                "intermediate_size": 80,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 6,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 256,
-                "initializer_range": 0.2,
-                **options,
-            }
-        )
-        torch.manual_seed(5)
-        model = model_kind(config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.uniform_(0.5, 1.5)
-                if name.endswith("bias"):
-                    parameter.normal_(0, 0.5)
-        directory = tmp_path_factory.mktemp(kind)
-        model.save_pretrained(directory, max_shard_size="60KB")
-        assert len(list(directory.glob("*.safetensors"))) > 1
-        return Tiny(directory, model)
+    def logits(self, plan: StepPlan) -> Tensor:
+        return self.runner.logits(plan)
 
-    return make
+    def in_chunks(self, ids: list[int], chunks: list[int], runs: list[Run] | None = None) -> Tensor:
+        """Logits of every token, computed in chunks of these lengths; `runs` says where if not in a row."""
+        found = []
+        start = 0
+        for length in chunks:
+            part = ids[start : start + length]
+            segment = Segment(start, length, parts(runs or [(0, CACHE)], 0, start + length))
+            found.append(self.logits(StepPlan(part, [segment], list(range(length)))))
+            start += length
+        assert start == len(ids)
+        return torch.cat(found)
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """The likeliest tokens after a prompt, one step each."""
+        tokens = [int(self.in_chunks(prompt, [len(prompt)])[-1].argmax())]
+        while len(tokens) < count:
+            end = len(prompt) + len(tokens)
+            plan = StepPlan(tokens[-1:], [Segment(end - 1, 1, [(0, end)])], [0])
+            tokens.append(int(self.logits(plan).argmax()))
+        return tokens
+
+
+@pytest.fixture(scope="session")
+def computing() -> type[Computing]:
+    return Computing
 
 
 # --- a CUDA device that is not there --------------------------------------------------------------

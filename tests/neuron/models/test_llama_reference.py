@@ -184,12 +184,6 @@ def shape_of(tiny: Any) -> ModelShape:
         return read_shape(checkpoint)
 
 
-def test_a_window_ends_the_context_where_it_would_show(make_tiny: Callable[..., Any]) -> None:
-    tiny = make_tiny("qwen2", use_sliding_window=True, sliding_window=60, max_window_layers=1)
-    assert shape_of(tiny).max_position == 60
-    assert (in_chunks(runner(tiny.directory), IDS[:60], [60]) - tiny.logits(IDS[:60])).abs().max() <= 1e-4
-
-
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",

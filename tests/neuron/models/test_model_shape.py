@@ -138,7 +138,7 @@ def test_rope_is_read_in_the_old_and_the_new_style(changes: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("checkpoint", "said"),
     [
-        (huggingface(model_type="mamba"), "architecture mamba; supported are llama, qwen2"),
+        (huggingface(model_type="mamba"), "architecture mamba; supported are llama, mistral, "),
         (huggingface(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "the rope type 'yarn'"),
         (huggingface(rope_scaling={"rope_type": "llama3"}), "lacks factor"),
         (huggingface(rope_scaling=3), "rope_scaling in config.json is 3, not an object"),

@@ -15,6 +15,7 @@ from cortex.neuron.models.shape import ModelShape, Rope
 from cortex.neuron.nn.attention import Attention, AttentionSizes
 from cortex.neuron.nn.embedding import Embedding, Head
 from cortex.neuron.nn.mlp import GatedMLP
+from cortex.neuron.nn.moe import Experts, ExpertSizes
 from cortex.neuron.nn.norm import RMSNorm
 from cortex.neuron.nn.placement import Placement
 from cortex.neuron.nn.rotary import inverse_frequencies, llama3_scaled, rotations
@@ -101,9 +102,9 @@ class PreNormLayer(nn.Module):
         return hidden.add_(self.mlp(self.mlp_norm(hidden)))
 
 
-def dense_layer(shape: ModelShape, placement: Placement, index: int) -> PreNormLayer:
-    """With attention and one gated MLP."""
-    return PreNormLayer(shape, placement, attention(shape, placement), gated_mlp(shape, placement))
+def attention_layer(shape: ModelShape, placement: Placement, index: int) -> PreNormLayer:
+    """With attention, and with experts where the layer has them."""
+    return PreNormLayer(shape, placement, attention(shape, placement), mlp(shape, placement, index))
 
 
 def attention(shape: ModelShape, placement: Placement) -> Attention:
@@ -122,7 +123,20 @@ def attention(shape: ModelShape, placement: Placement) -> Attention:
     return Attention(sizes, placement)
 
 
-def gated_mlp(shape: ModelShape, placement: Placement) -> GatedMLP:
-    return GatedMLP(
-        shape.hidden, shape.intermediate, placement, bias=shape.mlp_bias, activation=shape.activation
+def mlp(shape: ModelShape, placement: Placement, index: int) -> GatedMLP | Experts:
+    """Of the layer with this index."""
+    experts = shape.experts
+    if experts is None or not shape.has_experts(index):
+        return GatedMLP(
+            shape.hidden, shape.intermediate, placement, bias=shape.mlp_bias, activation=shape.activation
+        )
+    sizes = ExpertSizes(
+        hidden=shape.hidden,
+        experts=experts.count,
+        active=experts.active,
+        intermediate=experts.intermediate,
+        normalised=experts.normalised,
+        shared=experts.shared_intermediate,
+        flat_gate=experts.flat_gate,
     )
+    return Experts(sizes, placement)

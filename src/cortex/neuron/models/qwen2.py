@@ -6,16 +6,16 @@ Reference: modeling_qwen2.py of transformers.
 
 from __future__ import annotations
 
-from cortex.neuron.models.decoder import Decoder, dense_layer
-from cortex.neuron.models.naming import Layout, Sources, dense_sources
+from cortex.neuron.models.decoder import Decoder, attention_layer
 from cortex.neuron.models.shape import ModelShape
+from cortex.neuron.models.sources import Layout, Sources, attention_sources
 from cortex.neuron.nn.placement import Placement, Share
 
 
 def build(shape: ModelShape, placement: Placement) -> Decoder:
-    return Decoder(shape, placement, dense_layer)
+    return Decoder(shape, placement, attention_layer)
 
 
 def sources(shape: ModelShape, kind: str, share: Share) -> Sources:
     """Of every parameter, in a checkpoint of `kind`."""
-    return dense_sources(Layout(shape, kind, share))
+    return attention_sources(Layout(shape, kind, share))

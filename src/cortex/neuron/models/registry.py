@@ -17,11 +17,19 @@ if TYPE_CHECKING:
     from cortex.neuron.nn.step import Step
     from cortex.neuron.weights.source import Source
 
+_MODULES: Final = "cortex.neuron.models."
+
 FAMILIES: Final[Mapping[str, str]] = {
-    "llama": "cortex.neuron.models.llama",
-    "qwen2": "cortex.neuron.models.qwen2",
+    "llama": f"{_MODULES}llama",
+    "mistral": f"{_MODULES}mistral",
+    "qwen2": f"{_MODULES}qwen2",
+    "qwen3": f"{_MODULES}qwen3",
+    "qwen3_moe": f"{_MODULES}qwen3_moe",
+    "qwen3moe": f"{_MODULES}qwen3_moe",
+    "gemma3": f"{_MODULES}gemma3",
+    "gemma3_text": f"{_MODULES}gemma3",
 }
-"""Architecture, as GGUF and Hugging Face name it, to the module that builds it."""
+"""Architecture, as GGUF and Hugging Face name it, to the module of the family that builds it."""
 
 
 class Family(Protocol):
@@ -45,6 +53,11 @@ class CausalModel(Protocol):
 def family(architecture: str) -> Family:
     """Raises KeyError for an architecture outside FAMILIES."""
     return cast(Family, importlib.import_module(FAMILIES[architecture]))
+
+
+def family_name(architecture: str) -> str:
+    """The last part of the module's name."""
+    return FAMILIES[architecture].rpartition(".")[2]
 
 
 def import_families() -> None:

@@ -63,7 +63,8 @@ class ExpertsShape(msgspec.Struct, frozen=True, kw_only=True):
     the one that all tokens take, 0 for none. `normalised`: the weights of a token's experts sum to 1.
 
     `stored` is how the checkpoint has them: each as tensors of its own, stacked in one tensor for each
-    projection, or stacked with gate and up fused into one.
+    projection, or stacked with gate and up fused into one. `flat_gate`: the shared expert's gate is a vector
+    there and not a matrix of one row.
     """
 
     count: int
@@ -72,6 +73,7 @@ class ExpertsShape(msgspec.Struct, frozen=True, kw_only=True):
     normalised: bool
     shared_intermediate: int = 0
     stored: Literal["each", "stacked", "fused"] = "each"
+    flat_gate: bool = False
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):

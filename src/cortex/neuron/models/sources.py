@@ -1,74 +1,20 @@
-"""How a checkpoint calls the tensors that every family has, and from which of them each parameter comes.
+"""From which tensors of a checkpoint the parameters come that families share, for each rank its own.
 
 Knows the parameters of `cortex.neuron.models.decoder` by their names; reads no files.
 """
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Final
 
-from cortex.neuron.models.shape import HEAD_NAMES, ModelShape
+from cortex.neuron.models.names import GGUF, GGUF_EXPERTS, HUGGING_FACE_EXPERTS, ExpertNames, hugging_face
+from cortex.neuron.models.shape import ExpertsShape, ModelShape
 from cortex.neuron.nn.placement import Share
 from cortex.neuron.weights.source import Change, Piece, Source
 
 Sources = dict[str, Source]
 """By the name of the parameter."""
-
-
-class Names(NamedTuple):
-    """In one format; `layer` takes a layer's index and stands before those of its tensors."""
-
-    embedding: str
-    norm: str
-    head: str
-    layer: str
-    attention_norm: str
-    queries: str
-    keys: str
-    values: str
-    output: str
-    query_norm: str
-    key_norm: str
-    mlp_norm: str
-    gate: str
-    up: str
-    down: str
-
-
-HUGGING_FACE: Final = Names(
-    embedding="embed_tokens",
-    norm="norm",
-    head="lm_head",
-    layer="layers.{}.",
-    attention_norm="input_layernorm",
-    queries="self_attn.q_proj",
-    keys="self_attn.k_proj",
-    values="self_attn.v_proj",
-    output="self_attn.o_proj",
-    query_norm="self_attn.q_norm",
-    key_norm="self_attn.k_norm",
-    mlp_norm="post_attention_layernorm",
-    gate="mlp.gate_proj",
-    up="mlp.up_proj",
-    down="mlp.down_proj",
-)
-GGUF: Final = Names(
-    embedding="token_embd",
-    norm="output_norm",
-    head="output",
-    layer="blk.{}.",
-    attention_norm="attn_norm",
-    queries="attn_q",
-    keys="attn_k",
-    values="attn_v",
-    output="attn_output",
-    query_norm="attn_q_norm",
-    key_norm="attn_k_norm",
-    mlp_norm="ffn_norm",
-    gate="ffn_gate",
-    up="ffn_up",
-    down="ffn_down",
-)
 
 
 class Layout:
@@ -164,35 +110,65 @@ class Layout:
         return (turned,) if rotary == width else (turned, rest)
 
     def mlp(self, index: int) -> Sources:
-        """Of a `GatedMLP`."""
+        """Of what the layer has: experts or one gated MLP."""
+        if self.shape.experts is not None and self.shape.has_experts(index):
+            return self._experts(index, self.shape.experts)
+        names = self.names
         here, there = f"layers.{index}.mlp.", self.layer(index)
-        gate, up, down = self.names.gate, self.names.up, self.names.down
-        own = self.share.of(self.shape.intermediate)
+        return self.gated(here, [there + name for name in (names.gate, names.up, names.down)])
+
+    def gated(self, here: str, tensors: Sequence[str], size: int | None = None) -> Sources:
+        """Of a `GatedMLP` of that intermediate size; `tensors` are those of gate, up and down."""
+        gate, up, down = tensors
+        own = self.share.of(size or self.shape.intermediate)
         found: Sources = {
-            f"{here}down.weight": (Piece(f"{there}{down}.weight", columns=own),),
-            f"{here}down.bias": (Piece(f"{there}{down}.bias"),),
+            f"{here}down.weight": (Piece(f"{down}.weight", columns=own),),
+            f"{here}down.bias": (Piece(f"{down}.bias"),),
         }
         for part in ("weight", "bias"):
             found[f"{here}gate_up.{part}"] = (
-                Piece(f"{there}{gate}.{part}", *own),
-                Piece(f"{there}{up}.{part}", *own),
+                Piece(f"{gate}.{part}", *own),
+                Piece(f"{up}.{part}", *own),
             )
         return found
 
+    def _experts(self, index: int, experts: ExpertsShape) -> Sources:
+        """Of `Experts`: those of this rank by their index, which is another one in its module."""
+        here, there = f"layers.{index}.mlp.", self.layer(index)
+        names = GGUF_EXPERTS if self.is_gguf else HUGGING_FACE_EXPERTS
+        first, last = self.share.of(experts.count)
+        found: Sources = {
+            f"{here}router.weight": (Piece(f"{there}{names.router}.weight"),),
+            f"{here}shared_gate.weight": (Piece(f"{there}{names.shared_gate}.weight"),),
+        }
+        if experts.shared_intermediate:
+            shared = [there + name for name in names.shared]
+            found |= self.gated(f"{here}shared.", shared, experts.shared_intermediate)
+        for expert in range(first, last):
+            mine = f"{here}experts.{expert - first}."
+            gate_up, down = _of_expert(there, names, experts, expert, self.shape.hidden)
+            found[f"{mine}gate_up.weight"] = gate_up
+            found[f"{mine}down.weight"] = (down,)
+        return found
 
-def hugging_face(prefix: str) -> Names:
-    """The names behind `prefix`, one of HEAD_NAMES."""
-    names = HUGGING_FACE
-    return names._replace(
-        embedding=prefix + names.embedding,
-        norm=prefix + names.norm,
-        layer=prefix + names.layer,
-        head=HEAD_NAMES[prefix],
-    )
+
+def _of_expert(
+    there: str, names: ExpertNames, experts: ExpertsShape, expert: int, hidden: int
+) -> tuple[Source, Piece]:
+    """Of gate and up, and of down. Stacks are rows, the expert's after those of the ones before it."""
+    size = experts.intermediate
+    if experts.stored == "each":
+        gate, up, down = (f"{there}{name.format(expert)}" for name in names.each)
+        return (Piece(gate), Piece(up)), Piece(down)
+    stacks, rows = names.stacks, (expert * size, (expert + 1) * size)
+    down_rows = Piece(there + stacks.down, expert * hidden, (expert + 1) * hidden)
+    if experts.stored == "fused":
+        return (Piece(there + stacks.gate_up, 2 * rows[0], 2 * rows[1]),), down_rows
+    return (Piece(there + stacks.gate, *rows), Piece(there + stacks.up, *rows)), down_rows
 
 
-def dense_sources(layout: Layout) -> Sources:
-    """Of a `Decoder` whose layers are all a `dense_layer`."""
+def attention_sources(layout: Layout) -> Sources:
+    """Of a `Decoder` whose layers are all an `attention_layer`."""
     found = layout.frame()
     for index in range(layout.shape.layers):
         found |= layout.pre_norms(index) | layout.attention(index) | layout.mlp(index)
