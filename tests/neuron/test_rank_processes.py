@@ -103,9 +103,10 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-async def test_two_and_four_ranks_say_what_one_says_and_leave_nothing(node: RankedNode) -> None:
+@pytest.mark.parametrize("many", [2, pytest.param(4, marks=pytest.mark.long)])
+async def test_ranks_say_what_one_says_and_leave_nothing(node: RankedNode, many: int) -> None:
     said, sizes, left = [], [], []
-    for ranks in (1, 2, 4):
+    for ranks in (1, many):
         reply = await node.load(ranks)
         assert reply.status == 200, reply.body
         assert len(processes()) == ranks
@@ -114,10 +115,10 @@ async def test_two_and_four_ranks_say_what_one_says_and_leave_nothing(node: Rank
         await node.unload()
         assert processes() == []
         left.append(descriptors())
-    assert said[0] == said[1] == said[2]
+    assert said[0] == said[1]
     assert said[0][0]["message"]["content"]
-    assert sizes == sorted(sizes)
-    assert left[0] == left[1] == left[2]
+    assert sizes[0] < sizes[1] < many * sizes[0]
+    assert left[0] == left[1]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
