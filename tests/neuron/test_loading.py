@@ -80,6 +80,7 @@ async def test_a_node_without_gpus_runs_all_ranks_on_its_processor() -> None:
         ({"devices": ["cpu", "cpu"]}, "different devices"),
         ({"devices": ["0", "1"]}, "different devices"),
         ({"devices": []}, "different devices"),
+        ({"tensor_parallel": 65, "devices": ["cpu"]}, "at most 64"),
         ({"tensor_parallel": 3}, "2 devices; tensor_parallel = 3"),
         ({"harness": "candle"}, "no engine 'candle'"),
     ],

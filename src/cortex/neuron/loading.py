@@ -22,6 +22,8 @@ from cortex.wire.errors import BadRequest
 from cortex.wire.node import LoadRequest
 
 MIB: Final = 2**20
+MOST_RANKS: Final = 64
+"""No model has heads for more, and the processor would try as many as are asked for."""
 
 
 class OffLoop(Protocol):
@@ -142,6 +144,8 @@ class Loader:
         Each rank has a device of its own, but that the processor takes all ranks of a model, or none.
         """
         ranks = request.tensor_parallel or 1
+        if ranks > MOST_RANKS:
+            raise BadRequest(f"tensor_parallel can be at most {MOST_RANKS}.", param="tensor_parallel")
         if request.devices is None:
             roomy = sorted(self._devices, key=self._ledger.free, reverse=True)
             if roomy == [CPU]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Final, Self
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, Final, Self
 
 import msgspec
 
@@ -52,7 +52,7 @@ class RankGroup:
                 mine = (links[rank - 1][1],) if rank else tuple(pair[0] for pair in links)
                 workers.append(await warm.spawn(device, _part(threads, rank, len(devices)), mine))
         except BaseException:
-            await cls(workers).close()
+            await to_its_end(cls(workers).close())
             raise
         finally:
             for pair in links:
@@ -172,6 +172,15 @@ class RankGroup:
             async for report in self._reports[rank]:
                 if isinstance(report, Broken):
                     said[rank] = f"{report.reason}, and "
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` however often the caller is cancelled meanwhile: its memory counts until it is back."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    task.result()
 
 
 def _part(threads: int, rank: int, world: int) -> int:

@@ -6,8 +6,7 @@ Imports no torch; that is the worker's. Knows sizes and messages, not how a mode
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +20,7 @@ from cortex.neuron.models.division import indivisible, largest_share, rank_weigh
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.processes import WarmServer
-from cortex.neuron.rank_group import RankGroup
+from cortex.neuron.rank_group import RankGroup, to_its_end
 from cortex.neuron.text.codec import codec_from_directory, codec_from_gguf
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
 from cortex.neuron.worker_engine import WorkerEngine, WorkerModel
@@ -119,7 +118,7 @@ class TorchFactory:
         try:
             await ranks.load(_order(plan), order.devices, report)
         except BaseException:
-            await _to_its_end(ranks.close())
+            await to_its_end(ranks.close())
             raise
         return WorkerModel(WorkerEngine(order.model_id, ranks, ranks.reports), codec)
 
@@ -128,15 +127,6 @@ class TorchFactory:
 
     async def stop(self) -> None:
         await self._warm.stop()
-
-
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await `work` however often the caller is cancelled meanwhile: its memory counts until it is back."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([task])
-    task.result()
 
 
 def open_codec(path: Path) -> Codec:
