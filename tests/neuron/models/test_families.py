@@ -37,13 +37,40 @@ CASES = {
         "qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1], "tie_word_embeddings": True}, 1e-3
     ),
     "qwen3_moe-sparse": Case("qwen3_moe", {"decoder_sparse_step": 2, "num_experts_per_tok": 6}, 1e-3),
+    "qwen3_next": Case("qwen3_next", {}, 1e-3),
+    "qwen3_next-biases": Case(
+        "qwen3_next",
+        {"attention_bias": True, "norm_topk_prob": False, "mlp_only_layers": [0]},
+        1e-3,
+    ),
+    "qwen3_5": Case("qwen3_5_text", {}, 1e-3),
+    "qwen3_5-tied": Case("qwen3_5_text", {"tie_word_embeddings": True, "linear_num_key_heads": 6}, 1e-3),
+    "qwen3_5_moe": Case("qwen3_5_moe_text", {}, 1e-3),
     "gemma3": Case("gemma3_text", {"query_pre_attn_scalar": 20, "final_logit_softcapping": 4.0}),
     "gemma3-untied": Case("gemma3_text", {"tie_word_embeddings": False, "sliding_window_pattern": 3}),
 }
+LONG = {
+    "mistral-without-window",
+    "qwen3-biases",
+    "qwen3-window",
+    "qwen3_moe-sparse",
+    "qwen3_next-biases",
+    "gemma3-untied",
+}
+"""Cases that differ from others by little."""
 IDS = torch.randint(0, 199, (150,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-@pytest.fixture(scope="module", params=CASES)
+def cases(*kinds: str) -> list[Any]:
+    """Those whose kinds begin in one of these ways."""
+    return [
+        pytest.param(name, marks=pytest.mark.long if name in LONG else [])
+        for name, case in CASES.items()
+        if case.kind.startswith(kinds or ("",))
+    ]
+
+
+@pytest.fixture(scope="module", params=cases())
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
@@ -91,9 +118,9 @@ def test_sequences_in_one_step_are_as_if_alone(made: Any, case: Case, expected: 
     assert error(logits, expected[[90, 90, *range(7, 72), 29]]) <= case.most
 
 
+@pytest.mark.parametrize("case", cases("mistral", "qwen2", "qwen3_moe", "gemma3"), indirect=True)
 def test_a_copied_prefix_is_as_if_computed(made: Any, case: Case, expected: Tensor) -> None:
-    if made.runner.shape.delta is not None:
-        pytest.skip("rows are keys and values; states have no rows")
+    """Of models that have nothing but keys and values."""
     made.in_chunks(IDS[:64], [64], [(0, 64)])
     segments = [Segment(64, 1, [(0, 64), (100, 1)]), Segment(50, 30, [(0, 48), (120, 32)])]
     plan = StepPlan([IDS[64], *IDS[50:80]], segments, [*range(31)], [Copy(48, 120, 2)])
@@ -109,9 +136,9 @@ def test_greedy_tokens_are_the_references_but_for_ties(made: Any, case: Case, ti
 
 
 def test_weights_and_cache_take_what_the_shape_foretold(made: Any) -> None:
-    shape = made.runner.shape
-    assert made.runner.weight_bytes == shape.weight_bytes("float32")
-    assert made.runner.cache_bytes == 400 * shape.kv_bytes_per_token
+    shape = made.shape
+    assert made.weight_bytes == shape.weight_bytes("float32")
+    assert made.cache_bytes == 400 * shape.kv_bytes_per_token
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated
@@ -124,6 +151,6 @@ def test_packed_weights_are_close_and_take_at_most_what_was_foretold(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matrix, "FEW_WEIGHTS", 0)
         packed = computing(tiny.directory, dtype)
-    assert packed.runner.weight_bytes <= packed.runner.shape.weight_bytes(dtype)
+    assert packed.weight_bytes <= packed.shape.weight_bytes(dtype)
     found = packed.in_chunks(IDS, [100, 1, 1, 1, 47]).log_softmax(-1)
     assert (found - expected).abs().mean() <= most

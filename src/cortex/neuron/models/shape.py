@@ -40,9 +40,9 @@ class Rope(msgspec.Struct, frozen=True):
     factor: float = 1.0
 
 
-class DeltaShape(msgspec.Struct, frozen=True, kw_only=True):
-    """A Gated DeltaNet. `tiled`: value head v belongs to key head v mod key_heads, as GGUF files have it,
-    and not to v // (value_heads / key_heads).
+class DeltaShape(msgspec.Struct, frozen=True):
+    """The sizes of Gated DeltaNet layers. In `tiled` files value head v goes with key head v mod key_heads,
+    in others with v // (value_heads / key_heads).
     """
 
     key_heads: int
@@ -53,9 +53,19 @@ class DeltaShape(msgspec.Struct, frozen=True, kw_only=True):
     tiled: bool = False
 
     @property
+    def groups(self) -> int:
+        """Value heads for each key head."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def values(self) -> int:
+        """Elements of all value heads."""
+        return self.value_heads * self.value_width
+
+    @property
     def channels(self) -> int:
         """Of the convolution: queries, keys and values."""
-        return 2 * self.key_heads * self.key_width + self.value_heads * self.value_width
+        return 2 * self.key_heads * self.key_width + self.values
 
 
 class ExpertsShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,8 +180,12 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
     def _matrices(self, index: int) -> Iterator[tuple[int, int]]:
         """Inputs and outputs of a layer's matrices, fused as the model has them."""
-        yield self.hidden, self._qkv_rows
-        yield self.heads * self.head_dim, self.hidden
+        if self.delta is not None and self.kind(index) == "delta":
+            yield self.hidden, self.delta.channels + self.delta.values
+            yield self.delta.values, self.hidden
+        else:
+            yield self.hidden, self._qkv_rows
+            yield self.heads * self.head_dim, self.hidden
         if self.experts is None or not self.has_experts(index):
             yield from _gated(self.hidden, self.intermediate)
             return
@@ -181,10 +195,15 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
             yield from _gated(self.hidden, self.experts.shared_intermediate)
 
     def _vectors(self, index: int) -> int:
-        """Numbers of a layer that are fp32 in every form: norms, biases, the router of experts."""
+        """Numbers of a layer that are fp32 in every form: norms, biases, gates, convolution, router."""
         count = self.hidden * (4 if self.post_norms else 2)
-        count += self._qkv_rows * self.qkv_bias + self.hidden * self.output_bias
-        count += (self.heads + self.kv_heads) * self.head_dim * self.qk_norm
+        if self.delta is not None and self.kind(index) == "delta":
+            sizes = self.delta
+            count += sizes.value_heads * (2 * self.hidden + 3) + sizes.value_width
+            count += sizes.channels * sizes.kernel
+        else:
+            count += self._qkv_rows * self.qkv_bias + self.hidden * self.output_bias
+            count += (self.heads + self.kv_heads) * self.head_dim * self.qk_norm
         if self.experts is None or not self.has_experts(index):
             return count + (2 * self.intermediate + self.hidden) * self.mlp_bias
         return count + self.hidden * (self.experts.count + (self.experts.shared_intermediate > 0))

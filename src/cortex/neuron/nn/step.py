@@ -54,6 +54,29 @@ class Pages(NamedTuple):
     most_keys: int
 
 
+class Span(NamedTuple):
+    """The rows [first, last) of the step are consecutive tokens of one sequence, more than one; `slot` is
+    where its states lie."""
+
+    first: int
+    last: int
+    slot: int
+
+
+class States(NamedTuple):
+    """For layers that keep a state of fixed size for each sequence. Slots differ from each other.
+
+    `rows`, int64 [n], are those of sequences that have one token in this step, and `slots`, int64 [n], where
+    their states lie; both None if there are none. The other rows are those of `spans`.
+    """
+
+    rows: Tensor | None
+    slots: Tensor | None
+    in_order: bool
+    """`rows` are 0 to n - 1."""
+    spans: tuple[Span, ...]
+
+
 class Step(NamedTuple):
     """ids and positions: int64 [T]. `slots`: int64 [T], where the cache stores each row; where they follow
     each other, `first_slot` is the first one. `wanted`: int64 rows whose logits are asked for, None for all.
@@ -68,6 +91,8 @@ class Step(NamedTuple):
     first_slot: int | None = None
     pages: Pages | None = None
     near: Looks | None = None
+    states: States | None = None
+    """For models that have layers with states."""
 
 
 def prepare(plan: StepPlan, device: torch.device, page: int | None = None, window: int | None = None) -> Step:
