@@ -102,6 +102,7 @@ class DefaultModel(_Section, frozen=True, kw_only=True):
     quant: str | None = None
     dtype: str | None = None
     devices: tuple[str, ...] | None = None
+    tensor_parallel: Annotated[int, msgspec.Meta(ge=1)] | None = None
     memory_mb: int | None = None
 
 
@@ -110,6 +111,7 @@ class TorchSection(_Section, frozen=True, kw_only=True):
     threads: int | None = None
     cuda_paged: bool = False
     cuda_graphs: bool = False
+    watchdog_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
 
 
 class HarnessSection(_Section, frozen=True, kw_only=True):

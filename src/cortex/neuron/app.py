@@ -171,7 +171,11 @@ def load_engines(config: NeuronConfig) -> EnginePlugins:
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"harness.torch.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
     torch = config.harness.torch
-    options = {"cuda_paged": torch.cuda_paged, "cuda_graphs": torch.cuda_graphs}
+    options = {
+        "cuda_paged": torch.cuda_paged,
+        "cuda_graphs": torch.cuda_graphs,
+        "watchdog_s": torch.watchdog_s,
+    }
     return load_engine_plugins(extra=[TorchFactory(dtype=dtype, options=options)])
 
 

@@ -22,6 +22,8 @@ from cortex.wire.errors import BadRequest
 from cortex.wire.node import LoadRequest
 
 MIB: Final = 2**20
+MOST_RANKS: Final = 64
+"""No model has heads for more, and the processor would try as many as are asked for."""
 
 
 class OffLoop(Protocol):
@@ -137,10 +139,17 @@ class Loader:
         return plan
 
     def _choose_devices(self, request: LoadRequest) -> tuple[str, ...]:
-        """The devices that a request names by uuid, index or `cpu`; else those with most room."""
+        """A device a rank: those that a request names by uuid, index or `cpu`; else those with most room.
+
+        Each rank has a device of its own, but that the processor takes all ranks of a model, or none.
+        """
         ranks = request.tensor_parallel or 1
+        if ranks > MOST_RANKS:
+            raise BadRequest(f"tensor_parallel can be at most {MOST_RANKS}.", param="tensor_parallel")
         if request.devices is None:
             roomy = sorted(self._devices, key=self._ledger.free, reverse=True)
+            if roomy == [CPU]:
+                return (CPU,) * ranks
             if ranks > len(roomy):
                 raise BadRequest(
                     f"This node has {len(roomy)} devices; tensor_parallel = {ranks} needs as many.",
@@ -155,8 +164,12 @@ class Loader:
                     f"This node has no device {name!r}; it has {', '.join(by_name)}.", param="devices"
                 )
         chosen = tuple(by_name[name] for name in request.devices)
-        if len(set(chosen)) != ranks or len(chosen) != ranks:
+        if set(chosen) == {CPU} and len(chosen) in (1, ranks):
+            return (CPU,) * ranks
+        if CPU in chosen or len(set(chosen)) != ranks or len(chosen) != ranks:
             raise BadRequest(
-                f"devices must name as many different devices as there are ranks ({ranks}).", param="devices"
+                f"devices must name as many different devices as there are ranks ({ranks}), or {CPU} alone "
+                f"for all of them.",
+                param="devices",
             )
         return chosen

@@ -6,8 +6,7 @@ Imports no torch; that is the worker's. Knows sizes and messages, not how a mode
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,15 +15,16 @@ import msgspec
 from cortex import hookimpl
 from cortex.hookspecs import Codec, EngineFactory, LoadedModel, LoadOrder, LoadPlan
 from cortex.neuron.engine import entry
-from cortex.neuron.engine.messages import Load, LoadProgress, LoadRefused, Ready, Report
+from cortex.neuron.engine.messages import Load
+from cortex.neuron.models.division import indivisible, largest_share, rank_weight_bytes
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.processes import WarmServer
+from cortex.neuron.rank_group import RankGroup, to_its_end
 from cortex.neuron.text.codec import codec_from_directory, codec_from_gguf
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
 from cortex.neuron.worker_engine import WorkerEngine, WorkerModel
-from cortex.neuron.worker_process import WorkerProcess
-from cortex.wire.errors import BadRequest, LoadFailed
+from cortex.wire.errors import BadRequest
 from cortex.wire.node import Limit, Progress
 
 WORKER: Final = "cortex.neuron.engine.worker"
@@ -76,11 +76,12 @@ class TorchFactory:
         """Reads the checkpoint's header.
 
         Without a budget: weights, a cache for two full contexts, and the process. With one, the cache
-        takes what weights and process leave. Raises BadRequest for options that do not exist here and
-        for a budget that is too small, LoadFailed for a checkpoint that cannot be run.
+        takes what weights and process leave. Of several ranks each has its share of weights and cache and
+        a process; those on the same device share its budget. Raises BadRequest for options that do not
+        exist here, for a budget that is too small and for ranks that cannot divide the model, LoadFailed
+        for a checkpoint that cannot be run.
         """
-        if len(order.devices) != 1:
-            raise BadRequest("The torch engine runs a model on one device.", param="tensor_parallel")
+        ranks = len(order.devices)
         with open_checkpoint(Path(order.path)) as checkpoint:
             shape = read_shape(checkpoint)
             quant = (order.quant or "").lower()
@@ -89,49 +90,43 @@ class TorchFactory:
         dtype = order.dtype or (quant if quant in QUANTS else self._dtype) or DTYPES[0]
         if dtype not in DTYPES:
             raise BadRequest(f"There is no dtype {dtype!r}; it is {', '.join(DTYPES)}.", param="dtype")
-        fixed = shape.weight_bytes(dtype) + PROCESS_BYTES
+        hindrance = indivisible(shape, ranks)
+        if hindrance is not None:
+            raise BadRequest(f"{order.model_id}: {hindrance}", param="tensor_parallel")
+        share = largest_share(shape, ranks)
+        together = max(order.devices.count(device) for device in order.devices)
+        fixed = rank_weight_bytes(shape, ranks, dtype) + PROCESS_BYTES
         if order.memory_bytes is None:
             cache_tokens = 2 * shape.max_position
-            size = fixed + cache_tokens * shape.kv_bytes_per_token
+            size = together * (fixed + cache_tokens * share.kv_bytes_per_token)
         else:
-            cache_tokens = _cache_within(order.memory_bytes - fixed, shape, order)
+            cache_tokens = _cache_within(order.memory_bytes, together, fixed, share, order)
             size = order.memory_bytes
         context = min(shape.max_position, cache_tokens)
         return LoadPlan(
             order=order,
-            bytes_per_device={order.devices[0]: size},
+            bytes_per_device=dict.fromkeys(order.devices, size),
             limit=Limit(context=context, input=context, output=context),
             detail=_Detail(dtype, cache_tokens, self._options),
         )
 
     async def load(self, plan: LoadPlan, report: Callable[[Progress], None]) -> LoadedModel:
-        """A running worker and the model's text side. Raises LoadFailed, also what the worker refused."""
+        """Running workers and the model's text side. Raises LoadFailed, also what a worker refused."""
         order = plan.order
         codec = await asyncio.to_thread(open_codec, Path(order.path))
-        worker = await self._warm.spawn(order.devices[0], order.threads)
+        ranks = await RankGroup.start(self._warm, order.devices, order.threads)
         try:
-            reports = worker.reports()
-            await _order_load(worker, plan)
-            await _until_ready(worker, reports, report)
+            await ranks.load(_order(plan), order.devices, report)
         except BaseException:
-            await _to_its_end(worker.close())
+            await to_its_end(ranks.close())
             raise
-        return WorkerModel(WorkerEngine(order.model_id, worker, reports), codec)
+        return WorkerModel(WorkerEngine(order.model_id, ranks, ranks.reports), codec)
 
     async def start(self) -> None:
         await self._warm.start()
 
     async def stop(self) -> None:
         await self._warm.stop()
-
-
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await `work` however often the caller is cancelled meanwhile: its memory counts until it is back."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([task])
-    task.result()
 
 
 def open_codec(path: Path) -> Codec:
@@ -160,58 +155,38 @@ def check_quant(quant: str | None, checkpoint: Checkpoint) -> None:
     )
 
 
-def _cache_within(room: int, shape: ModelShape, order: LoadOrder) -> int:
-    """Tokens of cache that fit into `room` bytes. Raises BadRequest if that is no reasonable context."""
-    tokens = max(0, room) // shape.kv_bytes_per_token
-    least = min(MIN_CONTEXT, shape.max_position)
+def _cache_within(budget: int, together: int, fixed: int, share: ModelShape, order: LoadOrder) -> int:
+    """Tokens of cache that fit beside `fixed` bytes into each of the parts of a device's budget.
+
+    Raises BadRequest if that is no reasonable context.
+    """
+    tokens = max(0, budget // together - fixed) // share.kv_bytes_per_token
+    least = min(MIN_CONTEXT, share.max_position)
     if tokens < least:
-        given = order.memory_bytes or 0
-        needed = given - room + least * shape.kv_bytes_per_token
+        needed = together * (fixed + least * share.kv_bytes_per_token)
         raise BadRequest(
-            f"{order.model_id} does not fit into {given // MIB:,} MB: weights and process take "
-            f"{(given - room) // MIB:,} MB, and with a context of {least} tokens it takes "
+            f"{order.model_id} does not fit into {budget // MIB:,} MB: weights and process take "
+            f"{together * fixed // MIB:,} MB, and with a context of {least} tokens it takes "
             f"{-(-needed // MIB):,} MB. Give it more with memory_mb, or free the device.",
             param="memory_mb",
-            details={"memory_bytes": given, "needed_bytes": needed},
+            details={"memory_bytes": budget, "needed_bytes": needed},
         )
     return tokens if tokens < _ROUND else tokens // _ROUND * _ROUND
 
 
-async def _order_load(worker: WorkerProcess, plan: LoadPlan) -> None:
+def _order(plan: LoadPlan) -> Load:
+    """The order for rank 0 of one."""
     order, detail = plan.order, plan.detail
-    try:
-        await worker.send(
-            Load(
-                path=order.path,
-                dtype=detail.dtype,
-                device=order.devices[0],
-                context=plan.limit.context,
-                cache_tokens=detail.cache_tokens,
-                prefill_chunk=PREFILL_CHUNK,
-                threads=order.threads,
-                max_running=order.max_running,
-                max_wait_s=order.max_wait_s,
-                prefix_cache=order.prefix_cache,
-                options={**detail.options, **order.options},
-            )
-        )
-    except OSError:
-        raise LoadFailed(f"The worker for {order.model_id} {await worker.ended()}.") from None
-
-
-async def _until_ready(
-    worker: WorkerProcess, reports: AsyncIterator[Report], report: Callable[[Progress], None]
-) -> None:
-    """Pass the worker's progress on until it is ready. Raises LoadFailed if it never is."""
-    try:
-        async for said in reports:
-            match said:
-                case LoadProgress():
-                    report(Progress(phase=said.phase, done=said.done, total=said.total))
-                case LoadRefused():
-                    raise LoadFailed(said.message, code=said.code)
-                case Ready():
-                    return
-    except ValueError as error:
-        raise LoadFailed(f"The worker sent what is {error}.") from None
-    raise LoadFailed(f"The worker {await worker.ended()} while it loaded the model.")
+    return Load(
+        path=order.path,
+        dtype=detail.dtype,
+        device=order.devices[0],
+        context=plan.limit.context,
+        cache_tokens=detail.cache_tokens,
+        prefill_chunk=PREFILL_CHUNK,
+        threads=order.threads,
+        max_running=order.max_running,
+        max_wait_s=order.max_wait_s,
+        prefix_cache=order.prefix_cache,
+        options={**detail.options, **order.options},
+    )

@@ -8,11 +8,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from cortex.hookspecs import Codec, EngineStep, Sampling, TokenBatch, TokenLogprobs
-from cortex.neuron.engine.messages import Broken, Cancel, Generate, Output, Report, Step, Threads
-from cortex.neuron.worker_process import WorkerProcess
+from cortex.neuron.engine.messages import (
+    Broken,
+    Cancel,
+    Generate,
+    Order,
+    Output,
+    Report,
+    Step,
+    Threads,
+)
 from cortex.wire.errors import Busy, CortexError, Internal, Loading
 
 _GRACE_S: Final = 1.0
@@ -23,10 +31,31 @@ _END: Final = None
 """In a sequence's queue: nothing more will come, the engine has ended."""
 
 
+class Worker(Protocol):
+    """What computes: the workers of all ranks of a model, as one."""
+
+    async def send(self, order: Order) -> None:
+        """Raises OSError if it is gone."""
+
+    def post(self, order: Order) -> None:
+        """Without waiting; what is posted to one that is gone is lost."""
+
+    async def ended(self) -> str:
+        """Waits for its end and tells it in words that follow "it"."""
+        ...
+
+    async def ends_within(self, seconds: float) -> bool: ...
+
+    def kill(self) -> None: ...
+
+    async def close(self) -> None:
+        """End it; returns when its memory is back."""
+
+
 class WorkerEngine:
     """The engine in a worker that has loaded its model. `reports` is what the worker says from now on."""
 
-    def __init__(self, model_id: str, worker: WorkerProcess, reports: AsyncIterator[Report]) -> None:
+    def __init__(self, model_id: str, worker: Worker, reports: AsyncIterator[Report]) -> None:
         self._model_id = model_id
         self._worker = worker
         self._keys = itertools.count(1)

@@ -343,8 +343,6 @@ def test_what_cannot_be_run_is_refused_and_the_worker_goes_on(worker: Worker) ->
         (lambda content: b"\xff" * 8 + content[8:], {}, "a header of"),
         (bytes, {"dtype": "int3"}, "The dtype 'int3' is unknown"),
         (bytes, {"context": 9000}, "cannot serve a context of 9000"),
-        # Whether a model can be divided is found out by whoever plans a load, the meeting by the worker.
-        (bytes, {"world": 2, "meeting": "nowhere"}, "could not be loaded (RuntimeError: No rendezvous"),
         (bytes, {"cache_tokens": 2047}, "A cache of 2047 tokens"),
         (bytes, {"threads": 0}, "could not be loaded"),
     ],

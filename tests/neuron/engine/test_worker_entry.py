@@ -23,7 +23,7 @@ time.sleep(60)
 
 WORKER = """
 import os, signal, sys
-def run(sock):
+def run(sock, links):
     ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)]
     sock.sendall(repr((os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], ignored)).encode())
     sock.recv(1)
@@ -78,7 +78,7 @@ def test_a_worker_dies_with_its_parent_even_if_that_is_killed(tmp_path: Path) ->
 @pytest.mark.parametrize(("after", "code"), [("pass", 0), ("raise RuntimeError('broken')", 1)])
 def test_the_exit_code_tells_an_error_and_the_log_which(tmp_path: Path, after: str, code: int) -> None:
     (tmp_path / "torch.py").write_text("def set_num_threads(count): pass")
-    (tmp_path / "stand_in.py").write_text(f"def run(sock):\n    {after}")
+    (tmp_path / "stand_in.py").write_text(f"def run(sock, links):\n    {after}")
     script = "from cortex.neuron.engine import entry\nentry.WORKER = 'stand_in'\nentry.main(None, 'cpu', 1)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     ended = subprocess.run(

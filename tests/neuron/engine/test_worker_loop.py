@@ -87,7 +87,7 @@ class Bench:
             max_running=running,
             max_wait_s=wait,
         )
-        ranks = Ranks(Share(), torch.device("cpu"))
+        ranks = Ranks(Share())
         self.loop = Loop(Channel(theirs), self.runner, scheduler, ranks, lambda: self.now)  # type: ignore[arg-type]
         self.thread = threading.Thread(target=self._run)
         self.thread.start()

@@ -11,16 +11,18 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from typing import Final
 
 WORKER: Final = "cortex.neuron.engine.worker"
 _PR_SET_PDEATHSIG: Final = 1
 
 
-def main(sock: socket.socket, device: str, threads: int) -> None:
+def main(sock: socket.socket, device: str, threads: int, links: Sequence[socket.socket] = ()) -> None:
     """Run a worker on `device` (`cpu` or a CUDA uuid) until `sock` closes, then end the process.
 
-    Nothing that the process owns needs saving, so it ends without clean-up: every byte goes back.
+    `links` lead to the other ranks of its model, see `ranks`. Nothing that the process owns needs saving,
+    so it ends without clean-up: every byte goes back.
     """
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -28,7 +30,7 @@ def main(sock: socket.socket, device: str, threads: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
     try:
         importlib.import_module("torch").set_num_threads(threads)
-        importlib.import_module(WORKER).run(sock)
+        importlib.import_module(WORKER).run(sock, links)
     except BaseException:
         logging.getLogger(__name__).exception("the worker ended by an error of its own")
         os._exit(1)

@@ -13,14 +13,15 @@ from typing import Final, cast, get_args
 
 import torch
 
-from cortex.neuron.engine import ranks
 from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.channel import Channel, PeerGone
 from cortex.neuron.engine.messages import Load, LoadProgress
 from cortex.neuron.engine.paged import PAGE
+from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.engine.runner import CudaOptions, Runner, load_runner
 from cortex.neuron.engine.scheduler import Scheduler
 from cortex.neuron.engine.threads import best_threads
+from cortex.neuron.nn.parallel import RankGone
 from cortex.neuron.nn.placement import Dtype, Placement, Share
 from cortex.wire.errors import LoadFailed
 
@@ -32,8 +33,8 @@ BLOCK: Final = 16
 _log: Final = logging.getLogger("cortex.neuron.worker")
 
 
-def load_model(order: Load, channel: Channel) -> Runner:
-    """The model, its threads chosen. Raises LoadFailed, PeerGone."""
+def load_model(order: Load, channel: Channel, ranks: Ranks) -> Runner:
+    """The model, or the rank's share of it, its threads chosen. Raises LoadFailed, PeerGone, RankGone."""
     if order.context < 1 or order.cache_tokens < order.context or order.prefill_chunk < 1:
         raise LoadFailed(
             f"A cache of {order.cache_tokens} tokens and chunks of {order.prefill_chunk} "
@@ -43,8 +44,7 @@ def load_model(order: Load, channel: Channel) -> Runner:
     try:
         # Loading keeps its threads busy with whole parameters; a step splits its operations.
         torch.set_num_threads(1)
-        if order.world > 1:
-            ranks.join(placement.share, order.meeting, device=placement.device)
+        ranks.meet(placement.device)
         runner = load_runner(
             Path(order.path),
             placement,
@@ -58,7 +58,7 @@ def load_model(order: Load, channel: Channel) -> Runner:
             best = best_threads(runner, order.threads)
             runner.most_threads = best if best < order.threads else None
             torch.set_num_threads(best)
-    except (LoadFailed, PeerGone):
+    except (LoadFailed, PeerGone, RankGone):
         raise
     except Exception as error:
         if out_of_memory(error):

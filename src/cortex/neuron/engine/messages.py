@@ -40,8 +40,7 @@ class Load(_Message, frozen=True, kw_only=True, tag="load"):
     prefix_cache: bool = True
     rank: int = 0
     world: int = 1
-    meeting: str = ""
-    """Where the ranks of a model find each other: the address of torch.distributed's store."""
+    """Ranks of the model; of more than one, this is `rank`."""
     options: Mapping[str, Any] = {}
 
 
@@ -127,8 +126,11 @@ _LENGTH: Final = struct.Struct("<I")
 
 
 def frame(message: Order | Report) -> bytes:
-    """The message with its length before it."""
-    body = _encoder.encode(message)
+    return framed(_encoder.encode(message))
+
+
+def framed(body: bytes) -> bytes:
+    """The body of a message with its length before it."""
     return _LENGTH.pack(len(body)) + body
 
 

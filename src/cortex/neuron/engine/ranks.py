@@ -1,89 +1,145 @@
-"""Step plans on their way from rank 0 to the ranks that compute with it, over torch.distributed.
+"""The ranks of a model among themselves: how they meet, and step plans on their way from rank 0.
 
-Rank 0 alone reads, schedules and samples; the others execute what they are sent. Knows bytes and plans,
-neither the model nor where orders come from.
+Rank 0 alone reads, schedules and samples; the others execute what they are sent. Plans go over sockets that
+the node has laid from rank 0 to each of them: a rank that waits for work there costs nothing, and sees at
+once that rank 0 has ended. Knows plans, neither the model nor where orders come from.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+import os
+import socket
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import msgspec
 import torch
 import torch.distributed as dist
 
+from cortex.neuron.engine.messages import Unframer, framed
+from cortex.neuron.nn.parallel import RankGone, RankSilent
 from cortex.neuron.nn.placement import Share
 from cortex.neuron.nn.plan import StepPlan
 
-HEAD: Final = 4096
-"""Bytes of the first message: the length, and as much of the plan as fits; most plans do."""
-_LENGTH: Final = 8
 WATCHDOG_S: Final = 60.0
-"""A collective that hangs for so long ends the rank, and with it the model."""
+"""A rank that keeps the others waiting for so long in a step is given up, and with it the model."""
+MEETING_S: Final = 60.0
+"""For the other ranks to start."""
+_READ: Final = 2**16
+_REST: Final = b""
+"""In place of a plan: the next one may take its time."""
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final = msgspec.msgpack.Decoder(StepPlan)
 
 
-def join(share: Share, meeting: str, *, device: torch.device) -> None:
-    """Meet the other ranks at `meeting`, an address such as tcp://127.0.0.1:4711 or file:///tmp/x."""
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=meeting,
-        rank=share.rank,
-        world_size=share.world,
-        timeout=datetime.timedelta(seconds=WATCHDOG_S),
-    )
-
-
-def leave() -> None:
-    dist.destroy_process_group()
-
-
 class Ranks:
-    """The way to the other ranks of a model; with none, plans go nowhere."""
+    """The way to the other ranks of a model; alone, plans go nowhere.
 
-    def __init__(self, share: Share, device: torch.device) -> None:
+    `links` are rank 0's sockets to each other rank, or another rank's one to rank 0.
+    """
+
+    def __init__(
+        self, share: Share, links: Sequence[socket.socket] = (), *, watchdog_s: float = WATCHDOG_S
+    ) -> None:
+        """Raises ValueError if there are not as many links as that takes."""
+        expected = 1 if share.rank else share.world - 1
+        if len(links) != expected:
+            raise ValueError(f"rank {share.rank} of {share.world} has {len(links)} links, not {expected}")
         self._share = share
-        self._device = device
+        self._links = tuple(links)
+        self._watchdog_s = watchdog_s
+        self._resting = True
 
     @property
     def others(self) -> int:
         return self._share.world - 1
 
-    def tell(self, plan: StepPlan) -> None:
-        """From rank 0: what all compute next."""
-        if self.others:
-            self._send(_encoder.encode(plan))
+    def meet(self, device: torch.device) -> None:
+        """Join the other ranks for collectives on `device`.
 
-    def end(self) -> None:
-        """From rank 0: there are no more plans."""
-        if self.others:
-            self._send(b"")
+        They find each other in a file that is nowhere on disk and known to nobody else; rank 0 hands it on.
+        Raises RankGone, TimeoutError if one does not come, RuntimeError if there is no way between them.
+        """
+        if not self.others:
+            return
+        for link in self._links:
+            link.settimeout(MEETING_S)
+        file = self._receive_file() if self._share.rank else self._hand_out_file()
+        try:
+            self._join(device, file)
+        except RuntimeError as error:
+            if "onnection" in str(error):  # closed, reset; refused
+                raise RankGone(str(error)) from None
+            raise
+        for link in self._links:
+            link.settimeout(None if self._share.rank else self._watchdog_s)
+
+    def _hand_out_file(self) -> int:
+        file = os.memfd_create("ranks")
+        for link in self._links:
+            try:
+                socket.send_fds(link, [b"\0"], [file])
+            except ConnectionError as error:
+                raise RankGone(str(error)) from None
+        return file
+
+    def _receive_file(self) -> int:
+        try:
+            _, files, _, _ = socket.recv_fds(self._links[0], 1, 1)
+        except ConnectionError:
+            files = []
+        if not files:
+            raise RankGone("rank 0 has ended")
+        return files[0]
+
+    def _join(self, device: torch.device, file: int) -> None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.FileStore(f"/proc/self/fd/{file}", self._share.world),  # type: ignore[attr-defined]
+            rank=self._share.rank,
+            world_size=self._share.world,
+            timeout=datetime.timedelta(seconds=self._watchdog_s),
+        )
+
+    def tell(self, plan: StepPlan) -> None:
+        """From rank 0: what all compute next. Raises RankGone, RankSilent."""
+        if self._links:
+            self._send(_encoder.encode(plan))
+            self._resting = False
+
+    def rest(self) -> None:
+        """From rank 0: it waits for work now, for as long as that takes. Raises RankGone, RankSilent."""
+        if self._links and not self._resting:
+            self._send(_REST)
+            self._resting = True
 
     def plans(self) -> Iterator[StepPlan]:
-        """On the other ranks: plan after plan until the end."""
-        while body := self._receive():
-            yield _decoder.decode(body)
+        """On the other ranks: plan after plan until rank 0 ends. Raises RankSilent."""
+        (link,) = self._links
+        unframer = Unframer()
+        while data := self._receive(link):
+            for body in unframer.feed(data):
+                link.settimeout(self._watchdog_s if body else None)
+                if body:
+                    yield _decoder.decode(body)
 
     def _send(self, body: bytes) -> None:
-        data = torch.frombuffer(bytearray(len(body).to_bytes(_LENGTH, "little") + body), dtype=torch.uint8)
-        head = torch.zeros(HEAD, dtype=torch.uint8)
-        first = data[:HEAD]
-        head[: len(first)] = first
-        dist.broadcast(head.to(self._device), 0)
-        if len(data) > HEAD:
-            dist.broadcast(data[HEAD:].to(self._device), 0)
+        data = framed(body)
+        for link in self._links:
+            try:
+                link.sendall(data)
+            except TimeoutError:
+                raise RankSilent("waited for another rank in vain") from None
+            except OSError as error:
+                raise RankGone(f"its link fails: {error}") from None
 
-    def _receive(self) -> bytes:
-        head = torch.zeros(HEAD, dtype=torch.uint8, device=self._device)
-        dist.broadcast(head, 0)
-        known = bytes(head.tolist())
-        end = _LENGTH + int.from_bytes(known[:_LENGTH], "little")
-        if end > HEAD:
-            rest = torch.zeros(end - HEAD, dtype=torch.uint8, device=self._device)
-            dist.broadcast(rest, 0)
-            known += bytes(rest.tolist())
-        return known[_LENGTH:end]
+    def _receive(self, link: socket.socket) -> bytes:
+        try:
+            return link.recv(_READ)
+        except TimeoutError:
+            raise RankSilent("waited for rank 0 in vain") from None
+        except ConnectionError:
+            return b""

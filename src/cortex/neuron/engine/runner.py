@@ -16,6 +16,7 @@ from cortex.neuron.engine.graphs import DecodeGraphs
 from cortex.neuron.engine.paged import PAGE, PagedCache
 from cortex.neuron.engine.states import StatePool
 from cortex.neuron.models import registry
+from cortex.neuron.models.division import indivisible
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.registry import CausalModel
 from cortex.neuron.models.shape import ModelShape
@@ -99,7 +100,9 @@ def load_runner(
     """
     with open_checkpoint(path) as checkpoint:
         shape = read_shape(checkpoint)
-        _check_share(shape, placement)
+        hindrance = indivisible(shape, placement.share.world)
+        if hindrance is not None:
+            raise LoadFailed(hindrance)
         family = registry.family(shape.architecture)
         model = family.build(shape, placement)
         sources = family.sources(shape, checkpoint.kind, placement.share)
@@ -128,12 +131,3 @@ def load_runner(
         device=device,
     )
     return Runner(causal, shape, cache, placement, weight_bytes, graphs)
-
-
-def _check_share(shape: ModelShape, placement: Placement) -> None:
-    """Raises LoadFailed for what cannot be divided evenly among the ranks."""
-    world = placement.share.world
-    sizes = {"heads": shape.heads, "KV heads": shape.kv_heads, "intermediate rows": shape.intermediate}
-    for name, size in sizes.items():
-        if size % world:
-            raise LoadFailed(f"{size} {name} cannot be divided among {world} ranks.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch
@@ -30,12 +30,13 @@ from cortex.neuron.engine.messages import (
     Step,
     Threads,
 )
-from cortex.neuron.engine.ranks import Ranks
+from cortex.neuron.engine.ranks import WATCHDOG_S, Ranks
 from cortex.neuron.engine.runner import Runner
 from cortex.neuron.engine.sampler import Row, sample
 from cortex.neuron.engine.scheduler import Sampled, Scheduled, Scheduler
 from cortex.neuron.engine.sequence import Sequence, Tally
 from cortex.neuron.models import registry
+from cortex.neuron.nn.parallel import RankGone, RankSilent
 from cortex.neuron.nn.placement import Share
 from cortex.wire.errors import LoadFailed
 
@@ -45,34 +46,68 @@ _NO_TALLY: Final = Tally([])
 registry.import_families()
 
 
-def run(sock: socket.socket) -> None:
-    """Serve the node at the other end of `sock` until it is closed; returns then."""
+def run(sock: socket.socket, links: Iterable[socket.socket] = ()) -> None:
+    """Serve the node at the other end of `sock` until it is closed; returns then.
+
+    `links` lead to the other ranks of the model, see `Ranks`.
+    """
     try:
         channel = Channel(sock)
         order = channel.next()
         if not isinstance(order, Load):
             raise PeerGone(f"the first order was {type(order).__name__}, not Load")
+        ranks = _ranks(order, links)
         try:
-            runner = load_model(order, channel)
+            runner = load_model(order, channel, ranks)
         except LoadFailed as error:
             channel.send(LoadRefused(code=error.code, message=error.message))
             return
         heap.settle()
         heap.keep_buffers()
         channel.send(Ready(weight_bytes=runner.weight_bytes, cache_bytes=runner.cache_bytes))
-        ranks = Ranks(Share(order.rank, order.world), runner.device)
-        if order.rank:
-            follow(runner, ranks)
-        else:
-            Loop(channel, runner, make_scheduler(order, runner.shape.vocab), ranks).run()
-    except PeerGone as gone:
+        try:
+            if order.rank:
+                follow(channel, runner, ranks)
+            else:
+                Loop(channel, runner, make_scheduler(order, runner.shape.vocab), ranks).run()
+        except RankSilent as silent:
+            channel.send(Broken(reason=str(silent)))
+    except (PeerGone, RankGone) as gone:  # the node sees itself that a rank has ended
         _log.debug("worker ends: %s", gone)
 
 
-def follow(runner: Runner, ranks: Ranks) -> None:
-    """On every rank but the first: compute what rank 0 plans."""
+def _ranks(order: Load, links: Iterable[socket.socket]) -> Ranks:
+    watchdog_s = order.options.get("watchdog_s", WATCHDOG_S)
+    return Ranks(Share(order.rank, order.world), tuple(links), watchdog_s=watchdog_s)
+
+
+def follow(channel: Channel, runner: Runner, ranks: Ranks) -> None:
+    """On every rank but the first: compute what rank 0 plans, until it ends or a step fails.
+
+    Raises PeerGone, RankGone.
+    """
     for plan in ranks.plans():
-        runner.logits(plan)
+        for order in channel.arrived():
+            if isinstance(order, Threads):
+                _set_threads(order, runner)
+        try:
+            runner.logits(plan)
+        except RankGone:
+            raise
+        except Exception as error:
+            _log.exception("a step failed")
+            channel.send(Broken(reason=_broken_by(error)))
+            return
+
+
+def _set_threads(order: Threads, runner: Runner) -> None:
+    torch.set_num_threads(min(order.threads, runner.most_threads or order.threads))
+
+
+def _broken_by(error: Exception) -> str:
+    if out_of_memory(error):
+        return "ran out of memory in a step"
+    return f"failed ({type(error).__name__}: {error})"
 
 
 class Loop:
@@ -93,10 +128,11 @@ class Loop:
         self._clock = clock
 
     def run(self) -> None:
-        """Returns when the engine is broken; raises PeerGone."""
+        """Returns when the engine is broken; raises PeerGone, RankGone."""
         usable = True
         while usable:
             if self._scheduler.idle:
+                self._ranks.rest()
                 self._take(self._channel.next())
             for order in self._channel.arrived():
                 self._take(order)
@@ -116,12 +152,12 @@ class Loop:
                 if refused is not None:
                     self._channel.send(Step(outputs=[refused]))
             case Threads():
-                torch.set_num_threads(min(order.threads, self._runner.most_threads or order.threads))
+                _set_threads(order, self._runner)
             case Load():
                 raise PeerGone("a second Load came")
 
     def _step(self, scheduled: Scheduled) -> bool:
-        """One step; False if the engine cannot go on."""
+        """One step; False if the engine cannot go on. Raises RankGone: its requests are not at fault."""
         began = self._clock()
         reason = None
         try:
@@ -133,6 +169,8 @@ class Loop:
                 outputs = self._scheduler.fail_all(f"The model {reason}.")
             else:
                 outputs = self._scheduler.complete(scheduled, sampled)
+        except RankGone:
+            raise
         except Exception as error:
             outputs, reason = self._failed(scheduled, error)
         seconds = self._clock() - began
@@ -146,18 +184,18 @@ class Loop:
         """What becomes of the sequences, and why the engine cannot go on if it cannot.
 
         It goes on after an error of its own on a CPU, where a step leaves nothing behind but the blocks of
-        its sequences. It does not after a full memory, a lost rank, or a CUDA error, after which the
-        driver's state is unknown.
+        its sequences. It does not after a full memory, with other ranks, which may have done the step, or
+        after a CUDA error, after which the driver's state is unknown.
         """
         requests = ", ".join(sequence.request_id for sequence in scheduled.sequences)
         _log.error("a step failed; requests: %s", requests, exc_info=error)
+        reason = _broken_by(error)
         what = f"{type(error).__name__}: {error}"
         if out_of_memory(error):
-            reason = "ran out of memory in a step"
             return self._scheduler.fail_all(f"The model {reason}; a shorter prompt may fit."), reason
         if self._runner.device.type == "cpu" and not self._ranks.others:
             return self._scheduler.fail(scheduled, f"The model failed in this step ({what})."), None
-        return self._scheduler.fail_all(f"The model failed in this step ({what})."), f"failed ({what})"
+        return self._scheduler.fail_all(f"The model failed in this step ({what})."), reason
 
     def _done(self, scheduled: Scheduled, seconds: float) -> EngineStep:
         scheduler = self._scheduler

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from cortex.neuron.models.shape import ModelShape, Rope
 from cortex.neuron.nn.attention import Attention, AttentionSizes
-from cortex.neuron.nn.embedding import Embedding
-from cortex.neuron.nn.linear import Linear
+from cortex.neuron.nn.embedding import Embedding, Head
 from cortex.neuron.nn.mlp import GatedMLP
 from cortex.neuron.nn.moe import Experts, ExpertSizes
 from cortex.neuron.nn.norm import RMSNorm
@@ -44,7 +43,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layer(shape, placement, index) for index in range(shape.layers))
         self.norm = RMSNorm(shape.hidden, shape.norm_eps, placement)
         shared = shape.tied and not placement.packed
-        self.head = None if shared else Linear(shape.hidden, shape.vocab, placement)
+        self.head = None if shared else Head(shape.hidden, shape.vocab, placement)
 
     def forward(self, step: Step, caches: Sequence[Any]) -> Tensor:
         """`caches` has the KV cache of each layer, or the state of one that has a state."""

@@ -21,7 +21,7 @@ class Layout:
     """A rank's parameters in a checkpoint of `kind`: each method gives the sources of some of them.
 
     `zero_centred` norms are stored around zero, but for GGUF files, which have the 1 added. `paired` says
-    that rotary pairs are neighbours in the file already. Table and head are whole on every rank.
+    that rotary pairs are neighbours in the file already. Norms are whole on every rank.
     """
 
     def __init__(
@@ -42,10 +42,11 @@ class Layout:
         """Of what stands around the layers."""
         names = self.names
         table = names.embedding if self.shape.tied else names.head
+        own = self.share.spread(self.shape.vocab)
         return {
-            "embedding.weight": (Piece(f"{names.embedding}.weight"),),
+            "embedding.weight": (Piece(f"{names.embedding}.weight", *own),),
             "norm.weight": self.norm(names.norm),
-            "head.weight": (Piece(f"{table}.weight"),),
+            "head.rows.weight": (Piece(f"{table}.weight", *own),),
         }
 
     def norm(self, tensor: str) -> Source:

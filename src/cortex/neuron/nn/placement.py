@@ -19,13 +19,20 @@ class Share(NamedTuple):
     world: int = 1
 
     def of(self, size: int, unit: int = 1) -> tuple[int, int]:
-        """The rows [start, stop) of `size` that are this rank's, in whole units of `unit` rows."""
-        each = size // unit // self.world * unit
-        return self.rank * each, (self.rank + 1) * each
+        """The rows [start, stop) of `size` that are this rank's, in whole units of `unit` rows.
+
+        Where there are fewer units than ranks, neighbouring ranks have the same one.
+        """
+        first = self.rank * (size // unit) // self.world
+        return first * unit, (first + self.divide(size // unit)) * unit
 
     def divide(self, size: int) -> int:
-        """A rank's part of `size`; whoever planned the load has made sure that it can be divided."""
-        return size // self.world
+        """A rank's part of `size` units; whoever planned the load has made sure that it can be divided."""
+        return max(1, size // self.world)
+
+    def spread(self, size: int) -> tuple[int, int]:
+        """The rows [start, stop) of `size` that are this rank's where the parts may differ by one."""
+        return self.rank * size // self.world, (self.rank + 1) * size // self.world
 
 
 class Placement(NamedTuple):

@@ -1,0 +1,111 @@
+"""The sockets on which step plans go from rank 0 to the other ranks."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cortex.neuron.engine.ranks import Ranks
+from cortex.neuron.nn.parallel import RankGone, RankSilent, lost
+from cortex.neuron.nn.placement import Share
+from cortex.neuron.nn.plan import Segment, StepPlan
+
+PLAN = StepPlan([5], [Segment(0, 1, [(0, 1)])], [0])
+WATCHDOG_S = 0.01
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """A link's ends: rank 0's and rank 1's."""
+    ends = socket.socketpair()
+    yield ends
+    for end in ends:
+        end.close()
+
+
+@pytest.fixture
+def first(pair: Pair) -> Ranks:
+    return Ranks(Share(0, 2), [pair[0]], watchdog_s=WATCHDOG_S)
+
+
+@pytest.fixture
+def second(pair: Pair) -> Ranks:
+    return Ranks(Share(1, 2), [pair[1]], watchdog_s=WATCHDOG_S)
+
+
+def test_alone_plans_go_nowhere() -> None:
+    alone = Ranks(Share())
+    assert not alone.others
+    alone.meet(torch.device("cpu"))
+    alone.tell(PLAN)
+    alone.rest()
+
+
+@pytest.mark.parametrize(
+    ("share", "count"), [(Share(), 1), (Share(0, 3), 1), (Share(1, 3), 2), (Share(1, 2), 0)]
+)
+def test_links_that_do_not_fit_the_share_are_refused(pair: Pair, share: Share, count: int) -> None:
+    with pytest.raises(ValueError, match=f"rank {share.rank} of {share.world} has {count} links"):
+        Ranks(share, pair[:count])
+
+
+def test_plans_arrive_until_rank_0_ends(first: Ranks, second: Ranks, pair: Pair) -> None:
+    first.tell(PLAN)
+    first.tell(PLAN)
+    pair[0].close()
+    assert list(second.plans()) == [PLAN, PLAN]
+
+
+def test_the_next_plan_is_waited_for_with_patience_only_while_rank_0_rests(
+    first: Ranks, second: Ranks, pair: Pair
+) -> None:
+    plans = second.plans()
+    first.rest()  # it does so anyway
+    first.tell(PLAN)
+    assert next(plans) == PLAN
+    with pytest.raises(RankSilent, match="waited for rank 0 in vain"):
+        next(plans)
+    plans = second.plans()
+    first.tell(PLAN)
+    first.rest()
+    first.rest()
+    assert next(plans) == PLAN
+    pair[0].close()
+    assert list(plans) == []
+    assert pair[1].gettimeout() is None, "it would wait for ever"
+
+
+def test_a_rank_that_has_ended_is_noticed(first: Ranks, pair: Pair) -> None:
+    pair[1].close()
+    with pytest.raises(RankGone, match="link fails") as gone:
+        first.tell(PLAN)
+    assert not isinstance(gone.value, RankSilent)
+
+
+def test_a_rank_that_takes_no_plans_is_given_up(first: Ranks, second: Ranks, pair: Pair) -> None:
+    pair[0].settimeout(WATCHDOG_S)
+    with pytest.raises(RankSilent):
+        for _ in range(10):
+            first.tell(StepPlan([1] * 100_000, [], []))
+
+
+def test_rank_0_that_ends_before_the_meeting_is_noticed(second: Ranks, pair: Pair) -> None:
+    pair[0].close()
+    with pytest.raises(RankGone, match="rank 0 has ended"):
+        second.meet(torch.device("cpu"))
+
+
+def test_a_rank_that_ends_before_the_meeting_is_noticed(first: Ranks, pair: Pair) -> None:
+    pair[1].close()
+    with pytest.raises(RankGone):
+        first.meet(torch.device("cpu"))
+
+
+def test_what_gloo_says_of_a_hang_is_told_from_what_it_says_of_an_end() -> None:
+    assert isinstance(lost(RuntimeError("Timed out waiting 60000ms for recv operation")), RankSilent)
+    assert not isinstance(lost(RuntimeError("Read error: Connection reset by peer")), RankSilent)
