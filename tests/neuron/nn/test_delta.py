@@ -252,8 +252,7 @@ def run(layer: GatedDeltaNet, x: Tensor, state: State, *parts: tuple[int, int]) 
 
 
 class Tokens(NamedTuple):
-    queries: Tensor
-    keys: Tensor
+    queries_keys: Tensor
     values: Tensor
     beta: Tensor
     log_decay: Tensor
@@ -262,20 +261,18 @@ class Tokens(NamedTuple):
 def correlated(count: int, heads: Heads, width: int) -> Tokens:
     """Keys near to each other, long memories and strong updates: what is hard on the chunked form."""
     values = heads.keys * heads.groups
-    common = random(1, heads.keys, width, seed=5)
-    keys = torch.nn.functional.normalize(common + 0.3 * random(count, heads.keys, width, seed=6), dim=-1)
-    queries = torch.nn.functional.normalize(common + random(count, heads.keys, width, seed=7), dim=-1)
+    keys = random(1, heads.keys, width, seed=5) + 0.3 * random(count, heads.keys, width, seed=6)
+    queries = random(count, heads.keys, width, seed=7)
     beta = 0.5 + 0.5 * random(count, values, seed=8).sigmoid()
     decay = -0.02 * random(count, values, seed=9).abs()
-    return Tokens(queries, keys, random(count, values, width, seed=10), beta, decay)
+    return Tokens(torch.stack((queries, keys), 1), random(count, values, width, seed=10), beta, decay)
 
 
 def token_by_token(heads: Heads, tokens: Tokens, memory: Tensor) -> Tensor:
     slot = torch.zeros(1, dtype=torch.int64)
     found = []
     for at in range(tokens.values.shape[0]):
-        q, k, v, beta, decay = (part[at : at + 1] for part in tokens)
-        found.append(recur(heads, torch.stack((q, k), 1), v, beta, decay, memory, slot))
+        found.append(recur(heads, *(part[at : at + 1] for part in tokens), memory, slot))
     return torch.cat(found)
 
 
@@ -286,7 +283,7 @@ def by_definition(heads: Heads, tokens: Tokens, state: Tensor) -> Tensor:
         key_head = head % heads.keys if heads.tiled else head // heads.groups
         memory = state[head].double()
         for at in range(tokens.values.shape[0]):
-            key, query = tokens.keys[at, key_head].double(), tokens.queries[at, key_head].double()
+            query, key = (x / (x @ x + 1e-6).sqrt() for x in tokens.queries_keys[at, :, key_head].double())
             memory = memory * tokens.log_decay[at, head].double().exp()
             change = tokens.beta[at, head].double() * (tokens.values[at, head].double() - key @ memory)
             memory = memory + torch.outer(key, change)
