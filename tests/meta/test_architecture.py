@@ -69,6 +69,7 @@ PARTS = [
             "cortex!",
             "cortex.web",
             "cortex.neuron.text",
+            "cortex.neuron.models.reading",
             "cortex.neuron.models.shape",
             "cortex.neuron.weights.checkpoint",
             "cortex.neuron.weights.gguf",

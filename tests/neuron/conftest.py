@@ -1,4 +1,7 @@
-"""A whole node in process: real routes, residents and ledger, with scripted engines instead of workers."""
+"""A whole node in process: real routes, residents and ledger, with scripted engines instead of workers.
+
+And tiny random models: one for the node itself, and any that transformers makes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import functools
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -169,3 +172,96 @@ def _tiny_weights(vocab: int) -> dict[str, Any]:
     }
     weights["lm_head.weight"][-2:] = 0  # so special tokens are never the likeliest
     return weights
+
+
+# --- tiny models of every family ------------------------------------------------------------------
+
+
+class Tiny(NamedTuple):
+    """A model of transformers, and where it lies as sharded safetensors with config.json."""
+
+    directory: Path
+    model: Any
+
+    def logits(self, ids: list[int]) -> Any:
+        """The reference's, fp32 [len(ids), vocabulary]."""
+        import torch
+
+        with torch.inference_mode():
+            return self.model(torch.tensor([ids])).logits[0]
+
+
+SIZES = {
+    "vocab_size": 199,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+DELTA = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+}
+SHARED = {"shared_expert_intermediate_size": 56}
+SIZES_OF: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"head_dim": 16, "sliding_window": 24, "sliding_window_pattern": 2},
+    "mistral": {"sliding_window": 40},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16, **EXPERTS},
+    "qwen3_next": {**DELTA, **EXPERTS, **SHARED},
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": {**DELTA, **EXPERTS, **SHARED},
+}
+"""By kind, what is other or more."""
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tiny]:
+    """Random models by the name that transformers' configurations have for the kind; each made once."""
+    made: dict[str, Tiny] = {}
+
+    def make(kind: str, **options: Any) -> Tiny:
+        key = repr((kind, sorted(options.items())))
+        if key not in made:
+            sizes = {**SIZES, **SIZES_OF.get(kind, {}), **options}
+            made[key] = write_tiny(tmp_path_factory.mktemp(kind), kind, sizes)
+        return made[key]
+
+    return make
+
+
+def write_tiny(directory: Path, kind: str, sizes: dict[str, Any]) -> Tiny:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    randomize(model)
+    model.save_pretrained(directory, max_shard_size="60KB")
+    assert len(list(directory.glob("*.safetensors"))) > 1
+    return Tiny(directory, model)
+
+
+def randomize(model: Any) -> None:
+    """What transformers begins with at zero or one, where mistakes would not show."""
+    import torch
+
+    zero_centred = model.config.get_text_config().model_type.startswith(("gemma3", "qwen3_next", "qwen3_5"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                around = 0.0 if zero_centred and "linear_attn" not in name else 1.0
+                parameter.uniform_(around - 0.5, around + 0.5)
+            elif name.endswith("A_log"):
+                parameter.uniform_(-2, 2)
+            elif name.endswith(("bias", ".gate.weight")):
+                parameter.normal_(0, 0.5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cortex.hookspecs import LoadOrder
-from cortex.neuron.models.shape import read_shape
+from cortex.neuron.models.reading import read_shape
 from cortex.neuron.torch_engine import PROCESS_BYTES, TorchFactory, open_codec
 from cortex.neuron.weights.checkpoint import open_checkpoint
 from cortex.wire.errors import BadRequest, LoadFailed

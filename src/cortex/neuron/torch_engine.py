@@ -17,7 +17,8 @@ from cortex import hookimpl
 from cortex.hookspecs import Codec, EngineFactory, LoadedModel, LoadOrder, LoadPlan
 from cortex.neuron.engine import entry
 from cortex.neuron.engine.messages import Load, LoadProgress, LoadRefused, Ready, Report
-from cortex.neuron.models.shape import ModelShape, read_shape
+from cortex.neuron.models.reading import read_shape
+from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.processes import WarmServer
 from cortex.neuron.text.codec import codec_from_directory, codec_from_gguf
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint

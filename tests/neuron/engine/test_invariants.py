@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -136,9 +135,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(scope="module")
-def load(case: Case, write_random: Callable[..., Path]) -> Callable[[], Runner]:
+def load(case: Case, make_tiny: Callable[..., Any]) -> Callable[[], Runner]:
     placement = Placement(torch.device("cpu"), case.form)
-    directory = write_random(case.kind, **case.options)
+    directory = make_tiny(case.kind, **case.options).directory
 
     def load() -> Runner:
         with pytest.MonkeyPatch.context() as patch:

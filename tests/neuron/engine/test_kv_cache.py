@@ -55,28 +55,36 @@ class Text:
         return Segment(self.cached, length, parts(self.runs, 0, self.cached + length))
 
 
-@pytest.fixture
-def cache() -> RunCache:
-    return make_cache()
+class Cache(RunCache):
+    """Of two layers, that both have the window if there is one."""
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__(2, ROWS, KV_HEADS, WIDTH, CPU, near=() if window is None else (0, 1))
+        self.window = window
+        self._stored.fill_(NAN)  # nothing that was not written may be read
 
 
-def make_cache() -> RunCache:
-    cache = RunCache(2, ROWS, KV_HEADS, WIDTH, CPU)
-    cache._stored.fill_(NAN)  # nothing that was not written may be read
-    return cache
+WINDOWS = [None, 1, 2, 3, 7, 16]
 
 
-def compute(cache: RunCache, work: list[tuple[Text, int]], layer: int = 0) -> float:
+@pytest.fixture(params=WINDOWS)
+def cache(request: pytest.FixtureRequest) -> Cache:
+    return Cache(request.param)
+
+
+def compute(cache: Cache, work: list[tuple[Text, int]], layer: int = 0) -> float:
     """One step for the next tokens of some texts: the worst error. With the flash kernel and without."""
     segments = [text.segment(length) for text, length in work]
     count = sum(length for _, length in work)
-    step = prepare(StepPlan([0] * count, segments, []), CPU)
+    step = prepare(StepPlan([0] * count, segments, []), CPU, window=cache.window)
     fresh = torch.cat([text.keys_values[text.cached : text.cached + length] for text, length in work])
     queries = 2 * random(count, KV_HEADS * GROUP, WIDTH, seed=count)
     expected, row = [], 0
     for text, length in work:
         for at in range(length):
-            expected.append(naive(queries[row + at], text.keys_values[: text.cached + at + 1]))
+            end = text.cached + at + 1
+            oldest = 0 if cache.window is None else max(0, end - cache.window)
+            expected.append(naive(queries[row + at], text.keys_values[oldest:end]))
         row += length
         text.cached += length
     # As a layer has them: queries, keys and values are parts of one projection.
@@ -91,36 +99,41 @@ def compute(cache: RunCache, work: list[tuple[Text, int]], layer: int = 0) -> fl
     return float((found - torch.stack(expected)).abs().max())
 
 
-def attend_plainly(cache: RunCache, layer: int, step: Any, queries: Tensor, fresh: Tensor) -> Tensor:
+def attend_plainly(cache: Cache, layer: int, step: Any, queries: Tensor, fresh: Tensor) -> Tensor:
     """As on a device other than a CPU."""
 
     def at_once(runs: Any, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = (part[0].transpose(0, 1) for part in (keys, values))
-        return module._plain(queries, keys, values, runs._scale, causal=False)
+        return module._plain(queries, keys, values, runs._scale, None)
+
+    def each(queries: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Any:
+        if mask is None:
+            mask = torch.full((len(queries), len(keys)), -math.inf).triu(1)
+        return module._plain(queries, keys, values, scale, mask)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.LayerRuns, "_at_once", at_once)
-        patch.setattr(module, "_causal", lambda *looked: module._plain(*looked, causal=True))
+        patch.setattr(module, "_each", each)
         return cache.layers[layer].attend(step, queries, fresh)
 
 
 @pytest.mark.parametrize("runs", [[(0, 12)], [(30, 5), (10, 7)], [(9, 1), (7, 1), (20, 10)]])
 @pytest.mark.parametrize("lengths", [[12], [1] * 12, [5, 5, 1, 1], [1, 11], [4, 3, 5], [6, 6]])
 def test_attention_over_what_was_written_in_any_pieces(
-    cache: RunCache, lengths: list[int], runs: list[Run]
+    cache: Cache, lengths: list[int], runs: list[Run]
 ) -> None:
     text = Text(runs, 1)
     for length in lengths:
         assert compute(cache, [(text, length)], layer=1) <= 1e-5
 
 
-def test_sequences_in_one_step_see_only_themselves(cache: RunCache) -> None:
+def test_sequences_in_one_step_see_only_themselves(cache: Cache) -> None:
     first, second = Text([(0, 6)], 1), Text([(6, 9)], 2)
     assert compute(cache, [(first, 5)]) <= 1e-5
     assert compute(cache, [(first, 1), (second, 9)]) <= 1e-5
 
 
-def test_rows_that_are_used_again_show_nothing_of_before(cache: RunCache) -> None:
+def test_rows_that_are_used_again_show_nothing_of_before(cache: Cache) -> None:
     assert compute(cache, [(Text([(0, 20)], 1), 20)]) <= 1e-5
     text = Text([(3, 4), (0, 3)], 2)
     assert compute(cache, [(text, 4)]) <= 1e-5
@@ -128,7 +141,7 @@ def test_rows_that_are_used_again_show_nothing_of_before(cache: RunCache) -> Non
     assert compute(cache, [(text, 1)]) <= 1e-5
 
 
-def test_sequences_share_the_run_of_their_prefix(cache: RunCache) -> None:
+def test_sequences_share_the_run_of_their_prefix(cache: Cache) -> None:
     """Eight sequences go on from one prefix, others between them, some of these with a run of their own."""
     first = Text([(10, 20), (40, 8)], 1)
     assert compute(cache, [(first, 20)]) <= 1e-5
@@ -144,7 +157,7 @@ def test_sequences_share_the_run_of_their_prefix(cache: RunCache) -> None:
     assert compute(cache, [*work[3:5], *work[:2], *work[6:]]) <= 1e-5
 
 
-def test_a_run_may_be_the_first_of_one_and_the_second_of_another(cache: RunCache) -> None:
+def test_a_run_may_be_the_first_of_one_and_the_second_of_another(cache: Cache) -> None:
     """Both see the run (10, 5), which only one of them begins with."""
     first = Text([(10, 5), (30, 2)], 1)
     assert compute(cache, [(first, 5)]) <= 1e-5
@@ -156,7 +169,7 @@ def test_a_run_may_be_the_first_of_one_and_the_second_of_another(cache: RunCache
     assert compute(cache, [(first, 1), (second, 1)]) <= 1e-5
 
 
-def test_decode_and_prefill_with_and_without_a_past_in_one_step(cache: RunCache) -> None:
+def test_decode_and_prefill_with_and_without_a_past_in_one_step(cache: Cache) -> None:
     far, near, late, new = (
         Text([(0, 9), (60, 12)], 1),
         Text([(20, 30)], 2),
@@ -168,13 +181,31 @@ def test_decode_and_prefill_with_and_without_a_past_in_one_step(cache: RunCache)
     assert compute(cache, [(late, 1), (far, 5), (near, 1)]) <= 1e-5
 
 
-def test_very_different_scores_are_merged_without_overflow(cache: RunCache) -> None:
+def test_very_different_scores_are_merged_without_overflow(cache: Cache) -> None:
     text = Text([(0, 4), (10, 4), (20, 4)], 1)
     text.keys_values[2:4, 0] *= 300
     text.keys_values[8:, 0] *= 300
     assert compute(cache, [(text, 5)]) <= 1e-3  # scores of several hundred, to which fp32 adds 3e-5 each
     assert compute(cache, [(text, 4)]) <= 1e-3
     assert compute(cache, [(text, 1)]) <= 1e-3
+
+
+def test_a_window_reads_nothing_that_it_has_left_behind() -> None:
+    """Neither one token nor several: rows that no query sees any more may hold anything."""
+    cache = Cache(4)
+    text = Text([(0, 3), (20, 5), (40, 20)], 1)
+    assert compute(cache, [(text, 12)]) <= 1e-5
+    cache._stored[:, [*range(3), *range(20, 25)]] = NAN  # positions 0 to 7, and 12 sees from 9 on
+    for length in (1, 9, 1):
+        assert compute(cache, [(text, length)]) <= 1e-5
+
+
+def test_a_window_that_does_not_show_changes_no_step() -> None:
+    plan = StepPlan([0] * 13, [Segment(0, 12, [(0, 12)]), Segment(15, 1, [(20, 16)])], [])
+    assert prepare(plan, CPU, window=16).near is None
+    near = prepare(plan, CPU, window=15).near
+    assert near is not None
+    assert [(view.start, view.length, view.mask) for view in near.views] == [(21, 15, None), (0, 12, None)]
 
 
 # --- any layout -----------------------------------------------------------------------------------
@@ -225,11 +256,11 @@ class Layout:
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
-@given(seed=st.integers(0, 2**32))
-def test_any_layout_and_any_steps_give_every_token_what_it_may_see(seed: int) -> None:
+@settings(max_examples=80)
+@given(seed=st.integers(0, 2**32), window=st.one_of(st.none(), st.integers(1, 24)))
+def test_any_layout_and_any_steps_give_every_token_what_it_may_see(seed: int, window: int | None) -> None:
     """Those that begin alike write the same keys and values to the same rows, whoever comes first."""
-    cache = make_cache()
+    cache = Cache(window)
     for work in Layout(seed).steps():
         assert compute(cache, work) <= 1e-5
 
@@ -237,12 +268,12 @@ def test_any_layout_and_any_steps_give_every_token_what_it_may_see(seed: int) ->
 # --- copies ---------------------------------------------------------------------------------------
 
 
-def test_copies_move_rows_of_every_layer_one_after_the_other(cache: RunCache) -> None:
+def test_copies_move_rows_of_every_layer_one_after_the_other() -> None:
     copies = [Copy(0, 20, 4), Copy(4, 24, 4), Copy(20, 40, 8), Copy(41, 0, 2)]
-    check_copies(cache, copies)
+    check_copies(Cache(), copies)
 
 
-def test_a_copied_beginning_is_seen_like_the_first_one(cache: RunCache) -> None:
+def test_a_copied_beginning_is_seen_like_the_first_one(cache: Cache) -> None:
     """A prefix of 20 rows is copied in part, and the rest of a sequence is computed after the copy."""
     first = Text([(10, 30)], 1)
     assert compute(cache, [(first, 20)]) <= 1e-5
@@ -266,8 +297,8 @@ def test_neighbours_that_go_to_neighbours_are_copied_at_once() -> None:
         [Copy(0, 10, 4), Copy(4, 14, 4), Copy(8, 18, 4)],  # clear of each other up to the third
     ],
 )
-def test_neighbours_that_would_overlap_are_copied_in_order(cache: RunCache, copies: list[Copy]) -> None:
-    check_copies(cache, copies)
+def test_neighbours_that_would_overlap_are_copied_in_order(copies: list[Copy]) -> None:
+    check_copies(Cache(), copies)
 
 
 @given(
@@ -277,10 +308,10 @@ def test_neighbours_that_would_overlap_are_copied_in_order(cache: RunCache, copi
     )
 )
 def test_any_copies_have_the_effect_of_one_after_the_other(copies: list[Copy]) -> None:
-    check_copies(make_cache(), [copy for copy in copies if copy.source != copy.target])
+    check_copies(Cache(), [copy for copy in copies if copy.source != copy.target])
 
 
-def check_copies(cache: RunCache, copies: list[Copy]) -> None:
+def check_copies(cache: Cache, copies: list[Copy]) -> None:
     cache._stored.copy_(random(*cache._stored.shape))
     expected = cache._stored.clone()
     for source, target, count in ((copy.source, copy.target, copy.count) for copy in copies):
@@ -289,5 +320,5 @@ def check_copies(cache: RunCache, copies: list[Copy]) -> None:
     assert torch.equal(cache._stored, expected)
 
 
-def test_the_cache_measures_itself(cache: RunCache) -> None:
-    assert cache.nbytes == 2 * ROWS * 2 * KV_HEADS * WIDTH * 4
+def test_the_cache_measures_itself() -> None:
+    assert Cache().nbytes == 2 * ROWS * 2 * KV_HEADS * WIDTH * 4

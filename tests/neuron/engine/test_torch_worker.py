@@ -38,7 +38,7 @@ from cortex.neuron.engine.messages import (
     frame,
 )
 from cortex.neuron.engine.runner import load_runner
-from cortex.neuron.models.shape import read_shape
+from cortex.neuron.models.reading import read_shape
 from cortex.neuron.nn.placement import Placement
 from cortex.neuron.nn.plan import Segment, StepPlan
 from cortex.neuron.weights.checkpoint import open_checkpoint

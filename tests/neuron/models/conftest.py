@@ -1,4 +1,4 @@
-"""Tiny random models made by transformers, which is the reference, and saved in both formats."""
+"""How tests compute what a checkpoint says, and models on a device that is not there."""
 
 from __future__ import annotations
 
@@ -11,61 +11,112 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cortex.neuron.engine.cache import RunCache
+from cortex.neuron.models import registry
 from cortex.neuron.models.llama import build
+from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape, Rope
 from cortex.neuron.nn.placement import Dtype, Placement
+from cortex.neuron.nn.plan import Run, Segment, StepPlan, parts
+from cortex.neuron.nn.step import Span, States, prepare
+from cortex.neuron.weights.checkpoint import open_checkpoint
+from cortex.neuron.weights.loader import load
 
-VOCAB = 199
+CACHE = 400
+"""Tokens."""
 
 
-class Tiny(NamedTuple):
-    """`directory` holds it as sharded safetensors with config.json."""
+class State(NamedTuple):
+    """Of one layer, for ten sequences, and NaN before they begin."""
 
-    directory: Path
-    model: Any
+    conv: Tensor
+    memory: Tensor
 
-    def logits(self, ids: list[int]) -> Tensor:
-        """The reference's, fp32 [len(ids), VOCAB]."""
-        with torch.inference_mode():
-            found: Tensor = self.model(torch.tensor([ids])).logits[0]
+    @staticmethod
+    def of(shape: ModelShape) -> State:
+        sizes = shape.delta
+        assert sizes is not None
+        nothing = float("nan")
+        memory = torch.full((10, sizes.value_heads, sizes.key_width, sizes.value_width), nothing)
+        return State(torch.full((10, sizes.channels, sizes.kernel - 1), nothing), memory)
+
+
+class Computing:
+    """A checkpoint as the engine computes it, fp32 unless another form is asked for.
+
+    A sequence's states are those of the row in which it begins.
+    """
+
+    def __init__(self, path: Path, dtype: Dtype = "float32") -> None:
+        placement = Placement(torch.device("cpu"), dtype)
+        with open_checkpoint(path) as checkpoint:
+            shape = self.shape = read_shape(checkpoint)
+            family = registry.family(shape.architecture)
+            self.model: Any = family.build(shape, placement)
+            sources = family.sources(shape, checkpoint.kind, placement.share)
+            load(self.model, sources, checkpoint, lambda done, total: None)
+        self.weight_bytes = sum(getattr(module, "nbytes", 0) for module in self.model.modules())
+        layers = shape.attention_layers
+        near = [at for at, index in enumerate(layers) if shape.kind(index) == "sliding"]
+        cache = RunCache(len(layers), CACHE, shape.kv_heads, shape.head_dim, placement.device, near=near)
+        self.cache_bytes = cache.nbytes
+        self._cache = cache
+        self._slots: dict[int, int] = {}
+        self._states = {index: State.of(shape) for index in shape.delta_layers}
+        with_keys = iter(cache.layers)
+        self._caches = [self._states.get(index) or next(with_keys) for index in range(shape.layers)]
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan) -> Tensor:
+        """fp32 [wanted, vocabulary]."""
+        self._cache.copy(plan.copies)
+        step = prepare(plan, torch.device("cpu"), window=self.shape.window)
+        if self._states:
+            step = step._replace(states=self._states_of(plan))
+        found: Tensor = self.model(step, self._caches)
         return found
 
+    def _states_of(self, plan: StepPlan) -> States:
+        rows, slots, spans, row = [], [], [], 0
+        for part in plan.segments:
+            slot = self._slots.setdefault(part.runs[0][0], len(self._slots))
+            if part.start == 0:
+                for state in self._states.values():
+                    state.conv[slot] = state.memory[slot] = 0
+            if part.length == 1:
+                rows.append(row)
+                slots.append(slot)
+            else:
+                spans.append(Span(row, row + part.length, slot))
+            row += part.length
+        single = (torch.tensor(rows), torch.tensor(slots)) if rows else (None, None)
+        return States(*single, rows == [*range(len(rows))], tuple(spans))
 
-@pytest.fixture(scope="module")
-def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tiny]:
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    def in_chunks(self, ids: list[int], chunks: list[int], runs: list[Run] | None = None) -> Tensor:
+        """Logits of every token, computed in chunks of these lengths; `runs` says where if not in a row."""
+        found = []
+        start = 0
+        for length in chunks:
+            part = ids[start : start + length]
+            segment = Segment(start, length, parts(runs or [(0, CACHE)], 0, start + length))
+            found.append(self.logits(StepPlan(part, [segment], list(range(length)))))
+            start += length
+        assert start == len(ids)
+        return torch.cat(found)
 
-    kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """The likeliest tokens after a prompt, one step each."""
+        tokens = [int(self.in_chunks(prompt, [len(prompt)])[-1].argmax())]
+        while len(tokens) < count:
+            end = len(prompt) + len(tokens)
+            plan = StepPlan(tokens[-1:], [Segment(end - 1, 1, [(0, end)])], [0])
+            tokens.append(int(self.logits(plan).argmax()))
+        return tokens
 
-    def make(kind: str, **options: Any) -> Tiny:
-        config_kind, model_kind = kinds[kind]
-        config = config_kind(
-            **{
-                "vocab_size": VOCAB,
-                "hidden_size": 48,
-                "intermediate_size": 80,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 6,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 256,
-                "initializer_range": 0.2,
-                **options,
-            }
-        )
-        torch.manual_seed(5)
-        model = model_kind(config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.uniform_(0.5, 1.5)
-                if name.endswith("bias"):
-                    parameter.normal_(0, 0.5)
-        directory = tmp_path_factory.mktemp(kind)
-        model.save_pretrained(directory, max_shard_size="60KB")
-        assert len(list(directory.glob("*.safetensors"))) > 1
-        return Tiny(directory, model)
 
-    return make
+@pytest.fixture(scope="session")
+def computing() -> type[Computing]:
+    return Computing
 
 
 # --- a CUDA device that is not there --------------------------------------------------------------

@@ -11,7 +11,8 @@ from gguf import GGUFWriter
 from torch import Tensor
 
 from cortex.neuron.engine.runner import Runner, load_runner
-from cortex.neuron.models.shape import ModelShape, read_shape
+from cortex.neuron.models.reading import read_shape
+from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.nn import matrix
 from cortex.neuron.nn.placement import Dtype, Placement
 from cortex.neuron.nn.plan import Copy, Run, Segment, StepPlan, parts
@@ -181,12 +182,6 @@ def test_of_widths_that_models_have_not_much_more_is_foretold_than_taken(
 def shape_of(tiny: Any) -> ModelShape:
     with open_checkpoint(tiny.directory) as checkpoint:
         return read_shape(checkpoint)
-
-
-def test_a_window_ends_the_context_where_it_would_show(make_tiny: Callable[..., Any]) -> None:
-    tiny = make_tiny("qwen2", use_sliding_window=True, sliding_window=60, max_window_layers=1)
-    assert shape_of(tiny).max_position == 60
-    assert (in_chunks(runner(tiny.directory), IDS[:60], [60]) - tiny.logits(IDS[:60])).abs().max() <= 1e-4
 
 
 GGUF_NAMES = {

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cortex.neuron.models.shape import Llama3Scaling, Rope, read_shape
+from cortex.neuron.models.reading import read_shape
+from cortex.neuron.models.shape import Llama3Scaling, Rope
 from cortex.neuron.weights.checkpoint import Checkpoint
 from cortex.neuron.weights.layout import TensorInfo
 from cortex.wire.errors import LoadFailed
@@ -137,10 +138,10 @@ def test_rope_is_read_in_the_old_and_the_new_style(changes: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("checkpoint", "said"),
     [
-        (huggingface(model_type="mamba"), "architecture mamba; supported are llama, qwen2"),
+        (huggingface(model_type="mamba"), "architecture mamba; supported are llama, mistral, "),
         (huggingface(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "the rope type 'yarn'"),
         (huggingface(rope_scaling={"rope_type": "llama3"}), "lacks factor"),
-        (huggingface(rope_scaling=3), "are 3, not an object"),
+        (huggingface(rope_scaling=3), "rope_scaling in config.json is 3, not an object"),
         (huggingface(partial_rotary_factor=0.5), "a part of the head"),
         (huggingface(quantization_config={"quant_method": "awq"}), "the quantization 'awq'"),
         (huggingface(hidden_act="gelu"), "the activation 'gelu'"),
@@ -150,7 +151,7 @@ def test_rope_is_read_in_the_old_and_the_new_style(changes: dict[str, Any]) -> N
         (huggingface(num_hidden_layers=0), "layers is 0"),
         (huggingface(num_attention_heads=0), "heads is 0"),
         (huggingface(num_key_value_heads=3), "8 heads cannot share 3 KV heads"),
-        (huggingface(head_dim=7), "head width of 7 is odd"),
+        (huggingface(head_dim=7), "of a head width of 7, 7 cannot be rotated"),
         (huggingface(tensor("x.weight", 2, 2, dtype="F8_E4M3")), "tensor x.weight is stored as F8_E4M3"),
         (
             Checkpoint("safetensors", Path("/m/dir"), "llama", {}, config=CONFIG),
@@ -178,5 +179,5 @@ def test_what_is_not_supported_is_refused_by_name(checkpoint: Checkpoint, said: 
 
 
 def test_sizes_are_read_without_torch() -> None:
-    script = "import sys, cortex.neuron.models.shape; assert not {'torch', 'numpy'} & set(sys.modules)"
+    script = "import sys, cortex.neuron.models.reading; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

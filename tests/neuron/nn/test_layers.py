@@ -114,8 +114,8 @@ def test_a_step_gives_each_segment_its_rows_and_each_token_its_position() -> Non
     assert step.slots.tolist() == [32, 33, 34, 9]
     assert step.wanted is not None
     assert step.wanted.tolist() == [2, 3]
-    assert not step.in_order
-    assert step.views == (
+    assert not step.looks.in_order
+    assert step.looks.views == (
         View(3, 4, None, 0, 10, False, True),
         View(0, 3, None, 0, 3, True, True),
         View(0, 3, None, 20, 2, False, False),
@@ -132,7 +132,7 @@ def test_rows_that_see_the_same_run_look_together() -> None:
     assert step.slots.tolist() == [20, 7, 31, 53]
     looked = [
         ([*range(view.first, view.last)] if view.rows is None else view.rows.tolist(), view.start, view.fresh)
-        for view in step.views
+        for view in step.looks.views
     ]
     assert looked == [
         ([0, 1, 2, 3], 0, True),
@@ -158,7 +158,7 @@ def test_a_step_knows_whether_its_views_give_its_rows_in_order(
     segments: list[Segment], in_order: bool
 ) -> None:
     ids = [0] * sum(segment.length for segment in segments)
-    assert prepare(StepPlan(ids, segments, []), CPU).in_order is in_order
+    assert prepare(StepPlan(ids, segments, []), CPU).looks.in_order is in_order
 
 
 def test_parts_are_the_rows_of_some_tokens() -> None:

@@ -13,8 +13,11 @@ _SETTINGS: Final = {
     "GOMP_SPINCOUNT": "10000",
     # numpy, which torch imports, would start threads in the process that workers are forked from.
     "OPENBLAS_NUM_THREADS": "1",
-    # Weights in huge pages: the matrices of a step are read a tenth faster.
+    # Weights in huge pages: the matrices of a step are read a tenth faster. The one is for torch's own
+    # memory, the other for what FBGEMM and oneDNN take from the C library, which reads it when a program
+    # starts: the warm server does after this, and the workers are its children.
     "THP_MEM_ALLOC_ENABLE": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
 for _name, _value in _SETTINGS.items():

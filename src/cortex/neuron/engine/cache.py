@@ -1,14 +1,14 @@
 """The KV cache: rows of keys and values in fp32, preallocated, and attention over them in stock torch.
 
 A sequence's rows lie in a few runs; what its queries see in each run is merged by log-sum-exp, so nothing is
-gathered and no mask is made. Whoever plans the steps owns the rows. Knows no model.
+gathered. Whoever plans the steps owns the rows. Knows no model.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -21,12 +21,21 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class RunCache:
-    """`rows` tokens for every layer, of as many sequences as they hold."""
+    """`rows` tokens for every layer, of as many sequences as they hold; layers in `near` have a window."""
 
-    def __init__(self, layers: int, rows: int, kv_heads: int, width: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        kv_heads: int,
+        width: int,
+        device: torch.device,
+        *,
+        near: Collection[int] = (),
+    ) -> None:
         self._stored = _reserved((layers, rows, 2, kv_heads, width), device)
         self.nbytes = self._stored.nbytes
-        self.layers = [LayerRuns(layer) for layer in self._stored.unbind()]
+        self.layers = [LayerRuns(layer, index in near) for index, layer in enumerate(self._stored.unbind())]
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy rows of every layer, one order after the other."""
@@ -60,10 +69,11 @@ def _joined(copies: Sequence[Copy]) -> list[tuple[int, int, int]]:
 
 
 class LayerRuns:
-    """One layer of the cache, fp32 [rows, 2, kv_heads, width]."""
+    """One layer of the cache, fp32 [rows, 2, kv_heads, width]; with `near`, one that has a window."""
 
-    def __init__(self, stored: Tensor) -> None:
+    def __init__(self, stored: Tensor, near: bool = False) -> None:
         self._stored = stored
+        self._near = near
         _, _, self._kv_heads, self._width = stored.shape
         self._scale = 1 / math.sqrt(self._width)
         self._row = stored.stride(0)
@@ -77,14 +87,15 @@ class LayerRuns:
             self._stored.index_copy_(0, step.slots, keys_values)
 
     def attend(self, step: Step, queries: Tensor, keys_values: Tensor) -> Tensor:
-        """Causal attention of fp32 [T, heads, width] to all that is stored: [T, heads * width]."""
+        """Causal attention of [T, heads, width] to what is stored, within the window: [T, heads * width]."""
         rows, heads, width = queries.shape
-        if step.in_order:
-            seen = [self._look(view, queries, keys_values)[0] for view in step.views]
+        looks = step.near if self._near and step.near is not None else step.looks
+        if looks.in_order:
+            seen = [self._look(view, queries, keys_values)[0] for view in looks.views]
             return (seen[0] if len(seen) == 1 else torch.cat(seen)).reshape(rows, heads * width)
         merged = torch.empty_like(queries, memory_format=torch.contiguous_format)
         weights = queries.new_empty(rows, heads)
-        for view in step.views:
+        for view in looks.views:
             _merge(merged, weights, view, *self._look(view, queries, keys_values))
         return merged.view(rows, heads * width)
 
@@ -96,12 +107,14 @@ class LayerRuns:
             chosen = queries.narrow(0, view.first, view.last - view.first)
         if view.causal:
             keys, values = keys_values.narrow(0, view.first, view.length).unbind(1)
-            return _causal(chosen, keys, values, self._scale)
+            return _each(chosen, keys, values, self._scale, None)
         keys, values = self._run(view, 0), self._run(view, 1)
-        if chosen.device.type != "cpu":
-            keys, values = keys.squeeze(0).transpose(0, 1), values.squeeze(0).transpose(0, 1)
-            return _plain(chosen, keys, values, self._scale, causal=False)
-        return self._at_once(chosen, keys, values)
+        if view.mask is None and chosen.device.type == "cpu":
+            return self._at_once(chosen, keys, values)
+        keys, values = keys.squeeze(0).transpose(0, 1), values.squeeze(0).transpose(0, 1)
+        if view.mask is not None:
+            return _each(chosen, keys, values, self._scale, view.mask)
+        return _plain(chosen, keys, values, self._scale, None)
 
     def _run(self, view: View, which: int) -> Tensor:
         """Keys (0) or values (1) of a run: [1, kv_heads, length, width]."""
@@ -124,30 +137,37 @@ class LayerRuns:
         return seen, weight.view(kv_heads, rows, group).transpose(0, 1).reshape(rows, heads)
 
 
-def _causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Row i sees rows [0, i]. KV heads are the batch, so that a group shares them without a copy."""
-    if queries.device.type != "cpu":
-        return _plain(queries, keys, values, scale, causal=True)
+def _each(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Each row sees what `mask`, fp32 [rows, length], lets it; without one, row i sees rows [0, i].
+
+    KV heads are the batch, so that a group shares them without a copy.
+    """
     rows, heads, width = queries.shape
-    kv_heads = keys.shape[1]
+    length, kv_heads, _ = keys.shape
+    if queries.device.type != "cpu":
+        if mask is None:
+            mask = torch.full((rows, rows), float("-inf"), device=queries.device).triu(1)
+        return _plain(queries, keys, values, scale, mask)
     group = heads // kv_heads
     grouped = queries.view(rows, kv_heads, group, width).permute(1, 2, 0, 3)
-    shared = [run.transpose(0, 1).unsqueeze(1).expand(kv_heads, group, rows, width) for run in (keys, values)]
-    seen, weight = _flash(grouped, *shared, 0.0, True)
+    size = (kv_heads, group, length, width)
+    shared = [run.transpose(0, 1).unsqueeze(1).expand(size) for run in (keys, values)]
+    seen, weight = _flash(grouped, *shared, 0.0, mask is None, attn_mask=mask)
     return seen.permute(2, 0, 1, 3).reshape(rows, heads, width), weight.permute(2, 0, 1).reshape(rows, heads)
 
 
 def _plain(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, *, causal: bool
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain operations, for every device."""
+    """The same in plain operations, for every device; without a mask every row sees everything."""
     rows, heads, width = queries.shape
-    count, kv_heads, _ = keys.shape
+    _, kv_heads, _ = keys.shape
     grouped = queries.view(rows, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3)
     scores = torch.matmul(grouped, keys.permute(1, 2, 0).unsqueeze(1)) * scale
-    if causal:
-        hidden = torch.ones(rows, count, dtype=torch.bool, device=queries.device).triu(1)
-        scores = scores.masked_fill(hidden, float("-inf"))
+    if mask is not None:
+        scores = scores + mask
     weight = scores.logsumexp(-1)
     seen = torch.matmul((scores - weight.unsqueeze(-1)).exp(), values.transpose(0, 1).unsqueeze(1))
     return seen.permute(2, 0, 1, 3).reshape(rows, heads, width), weight.permute(2, 0, 1).reshape(rows, heads)

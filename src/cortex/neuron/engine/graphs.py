@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cortex.neuron.nn.plan import StepPlan
-from cortex.neuron.nn.step import Pages, Step
+from cortex.neuron.nn.step import Looks, Pages, Step
 
 
 class Replay(Protocol):
@@ -94,7 +94,7 @@ class DecodeGraphs:
             most_keys=self._pages * self._page,
         )
         slots = full(bucket, value=self._spare)
-        return Step(full(bucket), full(bucket), slots, (), True, None, None, pages)
+        return Step(full(bucket), full(bucket), slots, Looks((), True), None, None, pages)
 
     def _fill(self, step: Step, plan: StepPlan) -> None:
         """Copy a plan into a step's tensors; the rows behind it become padding again."""

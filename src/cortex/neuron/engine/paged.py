@@ -7,7 +7,7 @@ CUDA tensors, which proves shapes, types and devices, no numbers. Owns no pages;
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import torch
@@ -19,11 +19,14 @@ from cortex.neuron.nn.step import Step
 
 PAGE: Final = 256
 """Tokens: the least that the FlashAttention 2 built into torch takes as a page."""
-CAUSAL: Final = (-1, 0)
+EVERYTHING: Final = -1
 
 
 class PagedCache:
-    """`rows` tokens, a multiple of PAGE, for every layer: [layers, 2, pages, PAGE, kv_heads, width]."""
+    """`rows` tokens, a multiple of PAGE, for every layer: [layers, 2, pages, PAGE, kv_heads, width].
+
+    The layers in `near` have the window of `window` tokens.
+    """
 
     def __init__(
         self,
@@ -33,10 +36,14 @@ class PagedCache:
         width: int,
         device: torch.device,
         dtype: torch.dtype = torch.float16,
+        *,
+        near: Collection[int] = (),
+        window: int | None = None,
     ) -> None:
         self._stored = torch.empty(layers, 2, rows // PAGE, PAGE, kv_heads, width, device=device, dtype=dtype)
         self.nbytes = self._stored.nbytes
-        self.layers = [LayerPages(layer) for layer in self._stored.unbind()]
+        windows = [window if index in near else None for index in range(layers)]
+        self.layers = [LayerPages(*each) for each in zip(self._stored.unbind(), windows, strict=True)]
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy rows of every layer, one order after the other."""
@@ -46,9 +53,11 @@ class PagedCache:
 
 
 class LayerPages:
-    """One layer of the cache."""
+    """One layer of the cache, with a window or None."""
 
-    def __init__(self, stored: Tensor) -> None:
+    def __init__(self, stored: Tensor, window: int | None = None) -> None:
+        # Keys to the left of the token and to its right; for varlen_attn the window does not count itself.
+        self._window = (EVERYTHING if window is None else window - 1, 0)
         self._keys, self._values = stored.unbind()
         self._scale = 1 / math.sqrt(stored.shape[-1])
 
@@ -76,7 +85,7 @@ class LayerPages:
             pages.most_queries,
             pages.most_keys,
             scale=self._scale,
-            window_size=CAUSAL,
+            window_size=self._window,
             enable_gqa=True,
             seqused_k=pages.key_counts,
             block_table=pages.table,

@@ -15,8 +15,9 @@ from cortex.neuron.engine.cache import RunCache
 from cortex.neuron.engine.graphs import DecodeGraphs
 from cortex.neuron.engine.paged import PAGE, PagedCache
 from cortex.neuron.models import registry
+from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.registry import CausalModel
-from cortex.neuron.models.shape import ModelShape, read_shape
+from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.nn.placement import Placement
 from cortex.neuron.nn.plan import StepPlan
 from cortex.neuron.nn.step import prepare
@@ -66,7 +67,8 @@ class Runner:
         captured = None if self._graphs is None else self._graphs.logits(plan)
         if captured is not None:
             return captured
-        return self._model(prepare(plan, self.device, self._page), self._cache.layers)
+        step = prepare(plan, self.device, self._page, self.shape.window)
+        return self._model(step, self._cache.layers)
 
 
 def load_runner(
@@ -93,9 +95,12 @@ def load_runner(
     kv_heads = placement.share.divide(shape.kv_heads)
     causal = cast(CausalModel, model)
     sizes = (kv_heads, shape.head_dim, placement.device)
+    near = [index for index in range(shape.layers) if shape.kind(index) == "sliding"]
     if not (cuda.paged or cuda.graphs):
-        return Runner(causal, shape, RunCache(shape.layers, cache_rows, *sizes), placement, weight_bytes)
-    cache = PagedCache(shape.layers, cache_rows + PAGE, *sizes)  # the last page is for padding
+        runs = RunCache(shape.layers, cache_rows, *sizes, near=near)
+        return Runner(causal, shape, runs, placement, weight_bytes)
+    # The last page is for padding.
+    cache = PagedCache(shape.layers, cache_rows + PAGE, *sizes, near=near, window=shape.window)
     graphs = DecodeGraphs(
         lambda step: causal(step, cache.layers),
         pages=-(-min(shape.max_position, cache_rows) // PAGE),

@@ -1,24 +1,27 @@
-"""The sizes of a model, read from GGUF metadata or config.json into one form, and what they cost.
+"""The sizes of a model in one form, whatever file they come from, and what they cost in memory.
 
-Refuses by name what no family here computes. Knows no torch.
+Knows no files and no torch: the process that plans loads has it too.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Final, Literal
 
 import msgspec
 
-from cortex.neuron.models.registry import FAMILIES
 from cortex.neuron.nn.packing import most_bytes
-from cortex.neuron.weights.checkpoint import CONFIG, Checkpoint
-from cortex.neuron.weights.layout import READABLE
-from cortex.wire.errors import LoadFailed
 
-FREQUENCY_FACTORS: Final = "rope_freqs.weight"
-"""The tensor in which GGUF files carry Llama 3.1's rope scaling: a divisor for each pair."""
+Kind = Literal["full", "sliding", "delta"]
+"""What a layer mixes tokens with: attention to all, attention within the window, or a Gated DeltaNet."""
+Activation = Literal["silu", "gelu_tanh"]
+
+HEAD_NAMES: Final = {
+    "model.": "lm_head",
+    "model.language_model.": "lm_head",
+    "language_model.model.": "language_model.lm_head",
+}
+"""What the names of a text model's tensors begin with in safetensors, and how its head is then called."""
 
 
 class Llama3Scaling(msgspec.Struct, frozen=True):
@@ -29,11 +32,12 @@ class Llama3Scaling(msgspec.Struct, frozen=True):
 
 
 class Rope(msgspec.Struct, frozen=True):
-    """`divisors` divide the inverse frequencies pair by pair; empty for none."""
+    """`divisors` divide the inverse frequencies pair by pair, `factor` all of them; empty and 1 for none."""
 
     theta: float
     llama3: Llama3Scaling | None = None
     divisors: tuple[float, ...] = ()
+    factor: float = 1.0
 
 
 class DeltaShape(msgspec.Struct, frozen=True):
@@ -53,9 +57,44 @@ class DeltaShape(msgspec.Struct, frozen=True):
         """Value heads for each key head."""
         return self.value_heads // self.key_heads
 
+    @property
+    def values(self) -> int:
+        """Elements of all value heads."""
+        return self.value_heads * self.value_width
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values."""
+        return 2 * self.key_heads * self.key_width + self.values
+
+
+class ExpertsShape(msgspec.Struct, frozen=True, kw_only=True):
+    """A mixture of `count` gated MLPs, `active` of them for each token; `shared_intermediate` is the width of
+    the one that all tokens take, 0 for none. `normalised`: the weights of a token's experts sum to 1.
+
+    `stored` is how the checkpoint has them: each as tensors of its own, stacked in one tensor for each
+    projection, or stacked with gate and up fused into one. `flat_gate`: the shared expert's gate is a vector
+    there and not a matrix of one row.
+    """
+
+    count: int
+    active: int
+    intermediate: int
+    normalised: bool
+    shared_intermediate: int = 0
+    stored: Literal["each", "stacked", "fused"] = "each"
+    flat_gate: bool = False
+
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
-    """A decoder of the llama kind. Sizes are elements, `max_position` tokens."""
+    """A decoder. Sizes are elements, `max_position` and `window` tokens.
+
+    `prefix` is what the names of the tensors begin with in safetensors; `rotary_dim` how much of a head is
+    rotated, 0 for all of it; `gated` says that queries bring a gate for the attention's output; `post_norms`
+    that what attention and MLP give is normalised too. `kinds` has a kind for each layer, or is empty where
+    all are "full"; `dense_layers` are those without experts in a model that has some. `local_rope` is that of
+    sliding layers where it differs. None and empty are what a model does not have.
+    """
 
     architecture: str
     layers: int
@@ -72,211 +111,103 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    prefix: str = "model."
+    activation: Activation = "silu"
+    rotary_dim: int = 0
+    qk_norm: bool = False
+    gated: bool = False
+    post_norms: bool = False
+    kinds: tuple[Kind, ...] = ()
+    window: int | None = None
+    local_rope: Rope | None = None
+    query_scale: float | None = None
+    embedding_scale: float | None = None
+    logit_cap: float | None = None
+    delta: DeltaShape | None = None
+    experts: ExpertsShape | None = None
+    dense_layers: tuple[int, ...] = ()
+
+    def kind(self, index: int) -> Kind:
+        return self.kinds[index] if self.kinds else "full"
+
+    def has_experts(self, index: int) -> bool:
+        return self.experts is not None and index not in self.dense_layers
+
+    @property
+    def rotary(self) -> int:
+        """Elements of a head that are rotated."""
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers that have keys and values."""
+        return tuple(index for index in range(self.layers) if self.kind(index) != "delta")
+
+    @property
+    def delta_layers(self) -> tuple[int, ...]:
+        """The layers that have a state."""
+        return tuple(index for index in range(self.layers) if self.kind(index) == "delta")
 
     def weight_bytes(self, dtype: str) -> int:
         """Most bytes of the loaded weights on one device, `dtype` as in `messages.Load`."""
         table = self.vocab * self.hidden
+        matrices = [pair for index in range(self.layers) for pair in self._matrices(index)]
+        vectors = sum(map(self._vectors, range(self.layers))) + self.hidden
         if dtype != "float32":
             # Packed matrices cannot be looked up in, so a tied table is there twice.
-            matrices = 2 * table + most_bytes(self.hidden, self.vocab, dtype)
-            matrices += self.layers * sum(most_bytes(*sizes, dtype) for sizes in self._linears)
-        else:
-            matrices = 4 * table * (1 if self.tied else 2)
-            matrices += 4 * self.layers * sum(inputs * outputs for inputs, outputs in self._linears)
-        vectors = 2 * self.hidden
-        vectors += self._qkv_rows * self.qkv_bias + self.hidden * self.output_bias
-        vectors += (2 * self.intermediate + self.hidden) * self.mlp_bias
-        return matrices + 4 * (self.layers * vectors + self.hidden)
-
-    @property
-    def _qkv_rows(self) -> int:
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-    @property
-    def _linears(self) -> tuple[tuple[int, int], ...]:
-        """Inputs and outputs of a layer's matrices, fused as the model has them."""
-        return (
-            (self.hidden, self._qkv_rows),
-            (self.heads * self.head_dim, self.hidden),
-            (self.hidden, 2 * self.intermediate),
-            (self.intermediate, self.hidden),
-        )
+            packed = sum(most_bytes(*sizes, dtype) for sizes in matrices)
+            return 2 * table + most_bytes(self.hidden, self.vocab, dtype) + packed + 4 * vectors
+        plain = table * (1 if self.tied else 2) + sum(inputs * outputs for inputs, outputs in matrices)
+        return 4 * (plain + vectors)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """fp32 keys and values of every layer."""
-        return 4 * 2 * self.layers * self.kv_heads * self.head_dim
+        """fp32 keys and values of every layer that has any."""
+        return 4 * 2 * len(self.attention_layers) * self.kv_heads * self.head_dim
+
+    @property
+    def state_bytes(self) -> int:
+        """fp32 states of every layer that has one, of one sequence."""
+        if self.delta is None:
+            return 0
+        sizes = self.delta
+        memory = sizes.value_heads * sizes.key_width * sizes.value_width
+        return 4 * len(self.delta_layers) * (memory + sizes.channels * (sizes.kernel - 1))
+
+    @property
+    def _qkv_rows(self) -> int:
+        return (self.heads * (2 if self.gated else 1) + 2 * self.kv_heads) * self.head_dim
+
+    def _matrices(self, index: int) -> Iterator[tuple[int, int]]:
+        """Inputs and outputs of a layer's matrices, fused as the model has them."""
+        if self.delta is not None and self.kind(index) == "delta":
+            yield self.hidden, self.delta.channels + self.delta.values
+            yield self.delta.values, self.hidden
+        else:
+            yield self.hidden, self._qkv_rows
+            yield self.heads * self.head_dim, self.hidden
+        if self.experts is None or not self.has_experts(index):
+            yield from _gated(self.hidden, self.intermediate)
+            return
+        for _ in range(self.experts.count):
+            yield from _gated(self.hidden, self.experts.intermediate)
+        if self.experts.shared_intermediate:
+            yield from _gated(self.hidden, self.experts.shared_intermediate)
+
+    def _vectors(self, index: int) -> int:
+        """Numbers of a layer that are fp32 in every form: norms, biases, gates, convolution, router."""
+        count = self.hidden * (4 if self.post_norms else 2)
+        if self.delta is not None and self.kind(index) == "delta":
+            sizes = self.delta
+            count += sizes.value_heads * (2 * self.hidden + 3) + sizes.value_width
+            count += sizes.channels * sizes.kernel
+        else:
+            count += self._qkv_rows * self.qkv_bias + self.hidden * self.output_bias
+            count += (self.heads + self.kv_heads) * self.head_dim * self.qk_norm
+        if self.experts is None or not self.has_experts(index):
+            return count + (2 * self.intermediate + self.hidden) * self.mlp_bias
+        return count + self.hidden * (self.experts.count + (self.experts.shared_intermediate > 0))
 
 
-def read_shape(checkpoint: Checkpoint) -> ModelShape:
-    """Raises LoadFailed: an architecture, rope kind or option that is not supported, or a bad number."""
-    if checkpoint.architecture not in FAMILIES:
-        raise LoadFailed(
-            f"{checkpoint.path} has the architecture {checkpoint.architecture}; "
-            f"supported are {', '.join(FAMILIES)}."
-        )
-    shape = _from_gguf(checkpoint) if checkpoint.kind == "gguf" else _from_config(checkpoint)
-    _check(shape, checkpoint)
-    return shape
-
-
-def _check(shape: ModelShape, checkpoint: Checkpoint) -> None:
-    positive = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "max_position")
-    for name in positive:
-        if getattr(shape, name) < 1:
-            raise LoadFailed(f"{checkpoint.path}: {name} is {getattr(shape, name)}; it must be at least 1.")
-    if shape.heads % shape.kv_heads:
-        raise LoadFailed(f"{checkpoint.path}: {shape.heads} heads cannot share {shape.kv_heads} KV heads.")
-    if shape.head_dim % 2:
-        raise LoadFailed(f"{checkpoint.path}: a head width of {shape.head_dim} is odd.")
-    for tensor in checkpoint.tensors.values():
-        if tensor.name.endswith(".weight") and tensor.dtype not in READABLE:
-            raise LoadFailed(
-                f"{tensor.file}: tensor {tensor.name} is stored as {tensor.dtype}; "
-                f"{', '.join(READABLE)} can be read."
-            )
-
-
-class _Fields:
-    """Typed look-ups in a configuration, with errors that name the key."""
-
-    def __init__(self, checkpoint: Checkpoint, values: Mapping[str, Any], prefix: str, where: str) -> None:
-        self._path = checkpoint.path
-        self._values = values
-        self._prefix = prefix
-        self._where = where
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        return int(self._number(key, int, default))
-
-    def number(self, key: str, default: float | None = None) -> float:
-        return float(self._number(key, (int, float), default))
-
-    def flag(self, key: str) -> bool:
-        return bool(self._values.get(self._prefix + key))
-
-    def __contains__(self, key: str) -> bool:
-        return self._values.get(self._prefix + key) is not None
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self._values.get(self._prefix + key)
-        return default if value is None else value
-
-    def refuse(self, what: str) -> LoadFailed:
-        return LoadFailed(f"{self._path}: {what} is not supported.")
-
-    def _number(self, key: str, kind: Any, default: Any) -> Any:
-        value = self.get(key, default)
-        if value is None:
-            raise LoadFailed(f"{self._path}: {self._where} lacks {self._prefix}{key}.")
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise LoadFailed(f"{self._path}: {self._prefix}{key} is {value!r}, which is no such number.")
-        return value
-
-
-def _from_gguf(checkpoint: Checkpoint) -> ModelShape:
-    """Keys as in ggml's docs/gguf.md, section Models."""
-    fields = _Fields(checkpoint, checkpoint.metadata, f"{checkpoint.architecture}.", "the metadata")
-    tensors = checkpoint.tensors
-    heads = fields.integer("attention.head_count")
-    hidden = fields.integer("embedding_length")
-    width = fields.integer("attention.key_length", hidden // max(1, heads))
-    if fields.integer("expert_count", 0):
-        raise fields.refuse("a mixture of experts")
-    if fields.integer("attention.value_length", width) != width:
-        raise fields.refuse("a value width that differs from the key width")
-    if fields.integer("rope.dimension_count", width) != width:
-        raise fields.refuse("a rotary embedding of a part of the head")
-    scaling = fields.get("rope.scaling.type", "none")
-    if scaling != "none":
-        raise fields.refuse(f"the rope scaling {scaling!r}")
-    table = tensors.get("token_embd.weight")
-    if table is None:
-        raise LoadFailed(f"{checkpoint.path} lacks tensor token_embd.weight.")
-    return ModelShape(
-        architecture=checkpoint.architecture,
-        layers=fields.integer("block_count"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=fields.integer("attention.head_count_kv", heads),
-        head_dim=width,
-        intermediate=fields.integer("feed_forward_length"),
-        vocab=table.shape[0],
-        max_position=fields.integer("context_length"),
-        rope=Rope(fields.number("rope.freq_base", 10000.0), divisors=_frequency_factors(checkpoint, width)),
-        norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
-        tied="output.weight" not in tensors,
-        qkv_bias="blk.0.attn_q.bias" in tensors,
-        output_bias="blk.0.attn_output.bias" in tensors,
-        mlp_bias="blk.0.ffn_gate.bias" in tensors,
-    )
-
-
-def _frequency_factors(checkpoint: Checkpoint, width: int) -> tuple[float, ...]:
-    tensor = checkpoint.tensors.get(FREQUENCY_FACTORS)
-    if tensor is None:
-        return ()
-    if tensor.dtype != "F32" or tensor.shape != (width // 2,):
-        raise LoadFailed(f"{checkpoint.path}: tensor {tensor.name} is not fp32 of {width // 2} pairs.")
-    return struct.unpack(f"<{width // 2}f", checkpoint.rows(tensor.name, 0, tensor.rows))
-
-
-def _from_config(checkpoint: Checkpoint) -> ModelShape:
-    """Keys as in transformers' LlamaConfig and Qwen2Config, old and new style."""
-    fields = _Fields(checkpoint, checkpoint.config, "", CONFIG)
-    is_qwen2 = checkpoint.architecture == "qwen2"
-    if "quantization_config" in fields:
-        method = fields.get("quantization_config")
-        name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
-        raise fields.refuse(f"the quantization {name!r}")
-    if fields.get("hidden_act", "silu") != "silu":
-        raise fields.refuse(f"the activation {fields.get('hidden_act')!r}")
-    heads = fields.integer("num_attention_heads")
-    hidden = fields.integer("hidden_size")
-    tied = "lm_head.weight" not in checkpoint.tensors
-    if tied and not fields.flag("tie_word_embeddings"):
-        raise LoadFailed(f"{checkpoint.path} lacks tensor lm_head.weight, and {CONFIG} ties no embeddings.")
-    longest = fields.integer("max_position_embeddings")
-    if fields.flag("use_sliding_window") and "sliding_window" in fields:
-        longest = min(longest, fields.integer("sliding_window"))  # up to there no window shows
-    return ModelShape(
-        architecture=checkpoint.architecture,
-        layers=fields.integer("num_hidden_layers"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=fields.integer("num_key_value_heads", heads),
-        head_dim=fields.integer("head_dim", hidden // max(1, heads)),
-        intermediate=fields.integer("intermediate_size"),
-        vocab=fields.integer("vocab_size"),
-        max_position=longest,
-        rope=_rope(checkpoint, fields),
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
-        tied=tied,
-        qkv_bias=is_qwen2 or fields.flag("attention_bias"),
-        output_bias=not is_qwen2 and fields.flag("attention_bias"),
-        mlp_bias=not is_qwen2 and fields.flag("mlp_bias"),
-    )
-
-
-def _rope(checkpoint: Checkpoint, fields: _Fields) -> Rope:
-    plain = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(plain, dict):
-        raise LoadFailed(f"{checkpoint.path}: the rope parameters in {CONFIG} are {plain!r}, not an object.")
-    theta = plain.get("rope_theta", fields.get("rope_theta", 10000.0))
-    rope = _Fields(checkpoint, {**plain, "rope_theta": theta}, "", f"the rope parameters of {CONFIG}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise fields.refuse("a rotary embedding of a part of the head")
-    if kind == "default":
-        return Rope(rope.number("rope_theta"))
-    if kind != "llama3":
-        raise fields.refuse(f"the rope type {kind!r} (default and llama3 are)")
-    return Rope(
-        rope.number("rope_theta"),
-        Llama3Scaling(
-            rope.number("factor"),
-            rope.number("low_freq_factor"),
-            rope.number("high_freq_factor"),
-            rope.integer("original_max_position_embeddings"),
-        ),
-    )
+def _gated(hidden: int, intermediate: int) -> tuple[tuple[int, int], ...]:
+    return (hidden, 2 * intermediate), (intermediate, hidden)

@@ -79,7 +79,7 @@ class OneDnn:
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows, inputs = x.shape
         scale = torch.add(_TINY, x.abs().amax(-1, True), alpha=1 / (127 * 256))
-        number = torch.addcdiv(_HALF, x, scale).round_().to(torch.int16)
+        number = x.div(scale).add_(_HALF).round_().to(torch.int16)
         # The upper byte of number + 128 is the upper plane; of the lower byte, 128 is taken off again.
         planes = number.bitwise_xor_(_HALF_BIT).view(torch.int8)
         apart = planes.as_strided((2, rows, inputs), (1, 2 * inputs, 2))

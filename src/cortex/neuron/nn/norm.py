@@ -1,4 +1,4 @@
-"""RMSNorm in fp32. Knows nothing of what it normalises."""
+"""RMSNorm in fp32, of rows and of heads. Knows nothing of what it normalises."""
 
 from __future__ import annotations
 
@@ -39,3 +39,28 @@ class RMSNorm(nn.Module):
         mirrored = torch.cat((x, -x), dim=-1)
         both = torch.layer_norm(mirrored, (2 * self._width,), self._doubled, None, self._eps)
         return both.narrow(1, 0, self._width)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of every head of queries, by one weight, and of every head of keys, by another.
+
+    The parameter is both weights one after the other; filled, it has a row for each head.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, width: int, eps: float, placement: Placement) -> None:
+        super().__init__()
+        self._placement = placement
+        self._heads = (heads, kv_heads)
+        self._eps = eps
+        self.weight = empty(2 * width)
+        self.nbytes = 4 * (heads + kv_heads) * width
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        both = tensors["weight"].chunk(2)
+        rows = [weight.expand(count, -1) for weight, count in zip(both, self._heads, strict=True)]
+        self.weight = placed(torch.cat(rows), self._placement)
+
+    def normalize_(self, heads: Tensor) -> None:
+        """fp32 [T, heads + kv_heads, width], in place."""
+        scale = heads.square().mean(-1, True).add_(self._eps).rsqrt_()
+        heads.mul_(scale).mul_(self.weight)

@@ -42,6 +42,12 @@ def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def rotate_(heads: Tensor, rotation: Tensor) -> None:
-    """Turn `heads`, fp32 [T, heads, width] with neighbours as pairs, in place by `rotations`."""
+    """Turn `heads`, fp32 [T, heads, width] with neighbours as pairs, in place by `rotations`.
+
+    These may be fewer than width/2: what is left of a head stays as it is.
+    """
     rows, count, width = heads.shape
-    torch.view_as_complex(heads.view(rows, count, width // 2, 2)).mul_(rotation)
+    pairs = rotation.shape[-1]
+    if 2 * pairs < width:
+        heads = heads.narrow(-1, 0, 2 * pairs)
+    torch.view_as_complex(heads.view(rows, count, pairs, 2)).mul_(rotation)

@@ -1,6 +1,7 @@
 """A step plan as tensors: the metadata that every layer takes as an argument of `forward`.
 
-Made once a step by the runner. Knows no model and no cache, only in which rows a cache has what.
+Made once a step by the runner. Knows no model and no cache, only in which rows a cache has what and which
+of them a query sees.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cortex.neuron.nn.plan import StepPlan, parts
+from cortex.neuron.nn.plan import Run, Segment, StepPlan, parts
 
 
 class View(NamedTuple):
@@ -19,7 +20,8 @@ class View(NamedTuple):
 
     The rows are [first, last), or those of `rows`, int64, where they do not lie together. The keys are
     `length` rows of the cache from `start` on; with `causal`, they are the step's own rows [first, last).
-    `fresh` rows have looked at nothing before; what others see is merged with what they saw.
+    `fresh` rows have looked at nothing before; what others see is merged with what they saw. `mask`, fp32
+    [rows, length], is added to the scores: -inf at keys that a row's window has left behind.
     """
 
     first: int
@@ -29,6 +31,15 @@ class View(NamedTuple):
     length: int
     causal: bool
     fresh: bool
+    mask: Tensor | None = None
+
+
+class Looks(NamedTuple):
+    """`views` together show every row all that it may see. `in_order`: every row has one view, and the views
+    come in the order of their rows."""
+
+    views: tuple[View, ...]
+    in_order: bool
 
 
 class Pages(NamedTuple):
@@ -68,41 +79,39 @@ class States(NamedTuple):
 
 class Step(NamedTuple):
     """ids and positions: int64 [T]. `slots`: int64 [T], where the cache stores each row; where they follow
-    each other, `first_slot` is the first one. `views` together show every row all that it may see. `wanted`:
-    int64 rows whose logits are asked for, None for all."""
+    each other, `first_slot` is the first one. `wanted`: int64 rows whose logits are asked for, None for all.
+    `looks` is what layers see that attend to everything, `near` what those with a window see instead, None
+    where no window shows; `pages` stands for both where the cache has pages."""
 
     ids: Tensor
     positions: Tensor
     slots: Tensor
-    views: tuple[View, ...]
-    in_order: bool
-    """Every row has one view, and the views come in the order of their rows."""
+    looks: Looks
     wanted: Tensor | None
     first_slot: int | None = None
     pages: Pages | None = None
-    """Instead of views, for a cache in pages."""
+    near: Looks | None = None
     states: States | None = None
     """For models that have layers with states."""
 
 
-def prepare(plan: StepPlan, device: torch.device, page: int | None = None) -> Step:
-    """`page` is the size of the cache's pages, if it has any."""
+def prepare(plan: StepPlan, device: torch.device, page: int | None = None, window: int | None = None) -> Step:
+    """`page` is the size of the cache's pages, if it has any; `window` that of layers which have one."""
     slots: list[int] = []
     for part in plan.segments:
         for first, count in parts(part.runs, part.start, part.end):
             slots += range(first, first + count)
-    views = () if page else _views(plan, device)
     everything = len(plan.wanted) == len(plan.ids)
+    shows = window is not None and not page and any(part.end > window for part in plan.segments)
     return Step(
         torch.tensor(plan.ids, device=device),
         torch.tensor(plan.positions, device=device),
         torch.tensor(slots, device=device),
-        views,
-        all(view.fresh and view.rows is None for view in views)
-        and all(a.last == b.first for a, b in itertools.pairwise(views)),
+        Looks((), True) if page else _Looking(plan, device, None).looks(),
         None if everything else torch.tensor(plan.wanted, dtype=torch.int64, device=device),
         slots[0] if slots == [*range(slots[0], slots[0] + len(slots))] and not page else None,
         _pages(plan, page, device) if page else None,
+        _Looking(plan, device, window).looks() if shows else None,
     )
 
 
@@ -124,33 +133,86 @@ def _pages(plan: StepPlan, page: int, device: torch.device) -> Pages:
     )
 
 
-def _views(plan: StepPlan, device: torch.device) -> tuple[View, ...]:
-    """One token sees whole runs of the cache, itself included; rows that see the same run look together.
-    Several tokens see what came before them as whole runs, and themselves causally.
+class _Looking:
+    """Finds what the rows of a plan see.
+
+    One token sees whole runs of the cache, itself included; rows that see the same run look together.
+    Several tokens see what came before them as runs, and themselves causally. A window of W tokens shows a
+    token at position q the keys from q - W + 1 on. So several tokens are taken W - 1 at a time: among
+    themselves no window shows then, and what came before they see through a mask where it does.
     """
-    seen_by: dict[tuple[int, int], list[int]] = {}
-    views: list[View] = []
-    fresh = [True] * len(plan.ids)
-    row = 0
-    for part in plan.segments:
-        last = row + part.length
-        if part.length == 1:
-            for run in part.runs:
-                seen_by.setdefault(run, []).append(row)
-        else:
-            views.append(View(row, last, None, 0, part.length, True, True))
-            for first, count in parts(part.runs, 0, part.start):
-                views.append(View(row, last, None, first, count, False, False))
-        row = last
-    together: list[View] = []
-    for (start, count), rows in seen_by.items():
-        for first_look in (True, False):
-            alike = [row for row in rows if fresh[row] is first_look]
-            if alike:
-                together.append(_view(alike, start, count, first_look, device))
-        for row in rows:
-            fresh[row] = False
-    return (*together, *views)
+
+    def __init__(self, plan: StepPlan, device: torch.device, window: int | None) -> None:
+        self._plan = plan
+        self._device = device
+        self._window = window
+        self._fresh = [True] * len(plan.ids)
+        self._single: dict[Run, list[int]] = {}
+        self._views: list[View] = []
+        self._masks: dict[tuple[int, int, int], Tensor] = {}
+
+    def looks(self) -> Looks:
+        row = 0
+        for part in self._plan.segments:
+            if part.length == 1:
+                seen = part.runs if self._window is None else self._within(part)
+                for run in seen:
+                    self._single.setdefault(run, []).append(row)
+            else:
+                self._several(part, row)
+            row += part.length
+        views = (*self._together(), *self._views)
+        in_order = all(view.fresh and view.rows is None for view in views)
+        return Looks(views, in_order and all(a.last == b.first for a, b in itertools.pairwise(views)))
+
+    def _within(self, part: Segment) -> list[Run]:
+        return parts(part.runs, self._oldest(part.start), part.end)
+
+    def _oldest(self, position: int) -> int:
+        """The first position that a token at `position` sees."""
+        return 0 if self._window is None else max(0, position - self._window + 1)
+
+    def _several(self, part: Segment, row: int) -> None:
+        most = part.length if self._window is None else max(1, self._window - 1)
+        for start in range(part.start, part.end, most):
+            end = min(part.end, start + most)
+            first = row + start - part.start
+            last = first + end - start
+            self._views.append(View(first, last, None, 0, end - start, True, True))
+            position = self._oldest(start)
+            for begin, count in parts(part.runs, position, start):
+                self._before(first, last, start, (begin, count), position)
+                position += count
+
+    def _before(self, first: int, last: int, start: int, run: Run, position: int) -> None:
+        """Rows [first, last), from position `start` on, see a run whose first token is at `position`."""
+        begin, count = run
+        if self._window is not None:
+            last = min(last, first + position + count - start + self._window - 1)  # later ones see none of it
+        hidden = self._oldest(start + last - first - 1) - position
+        mask = self._mask(last - first, count, position - start) if hidden > 0 else None
+        self._views.append(View(first, last, None, begin, count, False, False, mask))
+
+    def _mask(self, rows: int, count: int, ahead: int) -> Tensor:
+        """For `count` keys of which the first is at the position of the first row plus `ahead`, below 0."""
+        assert self._window is not None
+        known = self._masks.get((rows, count, ahead))
+        if known is None:
+            full = torch.full((rows, count), float("-inf"), device=self._device)
+            # Row i sees key j where ahead + j > i - window.
+            known = self._masks[rows, count, ahead] = full.tril(-ahead - self._window)
+        return known
+
+    def _together(self) -> list[View]:
+        together: list[View] = []
+        for (start, count), rows in self._single.items():
+            for first_look in (True, False):
+                alike = [row for row in rows if self._fresh[row] is first_look]
+                if alike:
+                    together.append(_view(alike, start, count, first_look, self._device))
+            for row in rows:
+                self._fresh[row] = False
+        return together
 
 
 def _view(rows: list[int], start: int, count: int, fresh: bool, device: torch.device) -> View:

@@ -1,0 +1,143 @@
+"""What all families have in common: token table, layers, norm, head, and the layer that most of them share.
+
+A family says which layers there are. Knows no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cortex.neuron.models.shape import ModelShape, Rope
+from cortex.neuron.nn.attention import Attention, AttentionSizes
+from cortex.neuron.nn.embedding import Embedding
+from cortex.neuron.nn.linear import Linear
+from cortex.neuron.nn.mlp import GatedMLP
+from cortex.neuron.nn.moe import Experts, ExpertSizes
+from cortex.neuron.nn.norm import RMSNorm
+from cortex.neuron.nn.placement import Placement
+from cortex.neuron.nn.rotary import inverse_frequencies, llama3_scaled, rotations
+from cortex.neuron.nn.step import Step
+
+
+class Decoder(nn.Module):
+    """[T] packed tokens -> fp32 logits [wanted, vocab].
+
+    `layer` makes the layer of an index: called with hidden [T, hidden], the rotations of its heads, the step
+    and its cache, it gives the next hidden.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        placement: Placement,
+        layer: Callable[[ModelShape, Placement, int], nn.Module],
+    ) -> None:
+        super().__init__()
+        self._shape = shape
+        self._local = [shape.local_rope is not None and kind == "sliding" for kind in shape.kinds]
+        self._frequencies: list[Tensor] = []
+        self.embedding = Embedding(shape.vocab, shape.hidden, placement)
+        self.layers = nn.ModuleList(layer(shape, placement, index) for index in range(shape.layers))
+        self.norm = RMSNorm(shape.hidden, shape.norm_eps, placement)
+        shared = shape.tied and not placement.packed
+        self.head = None if shared else Linear(shape.hidden, shape.vocab, placement)
+
+    def forward(self, step: Step, caches: Sequence[Any]) -> Tensor:
+        """`caches` has the KV cache of each layer, or the state of one that has a state."""
+        turns = self._rotations(step)
+        hidden: Tensor = self.embedding(step.ids)
+        if self._shape.embedding_scale is not None:
+            hidden.mul_(self._shape.embedding_scale)
+        for layer, rotation, cache in zip(self.layers, turns, caches, strict=True):
+            hidden = layer(hidden, rotation, step, cache)
+        if step.wanted is not None:
+            hidden = hidden.index_select(0, step.wanted)
+        if not hidden.shape[0]:
+            return hidden.new_empty(0, self._shape.vocab)
+        hidden = self.norm(hidden)
+        logits: Tensor = self.embedding.project(hidden) if self.head is None else self.head(hidden)
+        cap = self._shape.logit_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def _rotations(self, step: Step) -> list[Tensor]:
+        """For each layer, those of its rope."""
+        shape = self._shape
+        if not self._frequencies:
+            ropes = [shape.rope] if shape.local_rope is None else [shape.rope, shape.local_rope]
+            device = step.positions.device
+            self._frequencies = [frequencies(rope, shape.rotary).to(device) for rope in ropes]
+        every = [rotations(step.positions, of_rope) for of_rope in self._frequencies]
+        if len(every) == 1:
+            return every * shape.layers
+        return [every[local] for local in self._local]
+
+
+def frequencies(rope: Rope, width: int) -> Tensor:
+    """Radians a token for each pair of the `width` rotated elements of a head."""
+    plain = inverse_frequencies(width, rope.theta) / rope.factor
+    if rope.llama3 is not None:
+        scaling = rope.llama3
+        return llama3_scaled(
+            plain, scaling.factor, scaling.low_factor, scaling.high_factor, scaling.original_context
+        )
+    return plain / torch.tensor(rope.divisors) if rope.divisors else plain
+
+
+class PreNormLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the layer of Llama and its descendants."""
+
+    def __init__(self, shape: ModelShape, placement: Placement, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(shape.hidden, shape.norm_eps, placement)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(shape.hidden, shape.norm_eps, placement)
+        self.mlp = mlp
+
+    def forward(self, hidden: Tensor, rotation: Tensor, step: Step, cache: Any) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, step, cache)
+        return hidden.add_(self.mlp(self.mlp_norm(hidden)))
+
+
+def attention_layer(shape: ModelShape, placement: Placement, index: int) -> PreNormLayer:
+    """With attention, and with experts where the layer has them."""
+    return PreNormLayer(shape, placement, attention(shape, placement), mlp(shape, placement, index))
+
+
+def attention(shape: ModelShape, placement: Placement) -> Attention:
+    sizes = AttentionSizes(
+        hidden=shape.hidden,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        width=shape.head_dim,
+        rotary=shape.rotary,
+        qkv_bias=shape.qkv_bias,
+        output_bias=shape.output_bias,
+        norm_eps=shape.norm_eps if shape.qk_norm else None,
+        gated=shape.gated,
+        scale=shape.query_scale,
+    )
+    return Attention(sizes, placement)
+
+
+def mlp(shape: ModelShape, placement: Placement, index: int) -> GatedMLP | Experts:
+    """Of the layer with this index."""
+    experts = shape.experts
+    if experts is None or not shape.has_experts(index):
+        return GatedMLP(
+            shape.hidden, shape.intermediate, placement, bias=shape.mlp_bias, activation=shape.activation
+        )
+    sizes = ExpertSizes(
+        hidden=shape.hidden,
+        experts=experts.count,
+        active=experts.active,
+        intermediate=experts.intermediate,
+        normalised=experts.normalised,
+        shared=experts.shared_intermediate,
+        flat_gate=experts.flat_gate,
+    )
+    return Experts(sizes, placement)

@@ -1,0 +1,259 @@
+"""The shape of a model from config.json, as transformers writes it, in the old and the new style.
+
+Keys, defaults and what they mean are those of transformers' configuration classes. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Any, Final
+
+from cortex.neuron.models.fields import Fields
+from cortex.neuron.models.registry import family_name
+from cortex.neuron.models.shape import (
+    HEAD_NAMES,
+    Activation,
+    DeltaShape,
+    ExpertsShape,
+    Kind,
+    Llama3Scaling,
+    ModelShape,
+    Rope,
+)
+from cortex.neuron.weights.checkpoint import CONFIG, Checkpoint
+from cortex.wire.errors import LoadFailed
+
+_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "mistral": {"sliding_window": 4096},
+    "qwen3": {"head_dim": 128},
+    "gemma3": {
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+    "qwen3_next": {"head_dim": 256, "partial_rotary_factor": 0.25, "norm_topk_prob": True},
+    "qwen3_5": {"head_dim": 256, "partial_rotary_factor": 0.25},
+    "qwen3_5_moe": {"head_dim": 256, "partial_rotary_factor": 0.25, "norm_topk_prob": True},
+}
+"""By family, what a file may leave out."""
+
+_KINDS: Final[Mapping[str, Kind]] = {
+    "full_attention": "full",
+    "sliding_attention": "sliding",
+    "linear_attention": "delta",
+}
+_ACTIVATIONS: Final[Mapping[str, Activation]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_HYBRID: Final = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+_WITH_EXPERTS: Final = ("qwen3_moe", "qwen3_next", "qwen3_5_moe")
+_QK_NORM: Final = ("qwen3", "qwen3_moe", "gemma3", *_HYBRID)
+
+
+def shape_from_config(checkpoint: Checkpoint) -> ModelShape:
+    """Of a checkpoint with images too, its text part. Raises LoadFailed."""
+    family = family_name(checkpoint.architecture)
+    defaults = _DEFAULTS.get(family, {})
+    top = Fields(checkpoint.path, {**defaults, **checkpoint.config}, "", CONFIG)
+    text = top.section("text_config") or checkpoint.config
+    fields = top.inner({**defaults, **text}, CONFIG)
+    _refuse_quantization(top)
+    prefix = next((p for p in HEAD_NAMES if f"{p}embed_tokens.weight" in checkpoint.tensors), "model.")
+    head = f"{HEAD_NAMES[prefix]}.weight"
+    tied = head not in checkpoint.tensors
+    if tied and not top.flag("tie_word_embeddings"):
+        raise LoadFailed(f"{checkpoint.path} lacks tensor {head}, and {CONFIG} ties no embeddings.")
+    layers = fields.integer("num_hidden_layers")
+    heads = fields.integer("num_attention_heads")
+    hidden = fields.integer("hidden_size")
+    width = fields.integer("head_dim", hidden // max(1, heads))
+    window = _window(fields, family)
+    kinds = _kinds(fields, family, layers, window)
+    experts, dense_layers = _experts(fields, family, layers, checkpoint)
+    is_gemma, is_qwen2, is_hybrid = family == "gemma3", family == "qwen2", family in _HYBRID
+    rope, local_rope = _ropes(fields, is_gemma)
+    return ModelShape(
+        architecture=checkpoint.architecture,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=fields.integer("num_key_value_heads", heads),
+        head_dim=width,
+        intermediate=fields.integer("intermediate_size", experts.intermediate if experts else None),
+        vocab=fields.integer("vocab_size"),
+        max_position=fields.integer("max_position_embeddings"),
+        rope=rope,
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        tied=tied,
+        qkv_bias=is_qwen2 or fields.flag("attention_bias"),
+        output_bias=not is_qwen2 and fields.flag("attention_bias"),
+        mlp_bias=family == "llama" and fields.flag("mlp_bias"),
+        prefix=prefix,
+        activation=_activation(fields),
+        rotary_dim=_rotary_dim(fields, width, is_hybrid),
+        qk_norm=family in _QK_NORM,
+        gated=is_hybrid and fields.flag("attn_output_gate", True),
+        post_norms=is_gemma,
+        kinds=kinds,
+        window=window if "sliding" in kinds else None,
+        local_rope=local_rope,
+        query_scale=fields.integer("query_pre_attn_scalar") ** -0.5 if is_gemma else None,
+        embedding_scale=_embedding_scale(checkpoint, prefix, hidden) if is_gemma else None,
+        logit_cap=fields.number("final_logit_softcapping") if "final_logit_softcapping" in fields else None,
+        delta=_delta(fields) if "delta" in kinds else None,
+        experts=experts,
+        dense_layers=dense_layers,
+    )
+
+
+def _refuse_quantization(fields: Fields) -> None:
+    if "quantization_config" in fields:
+        method = fields.get("quantization_config")
+        name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
+        raise fields.refuse(f"the quantization {name!r}")
+
+
+def _activation(fields: Fields) -> Activation:
+    name = fields.get("hidden_activation", fields.get("hidden_act", "silu"))
+    if name not in _ACTIVATIONS:
+        raise fields.refuse(f"the activation {name!r} ({' and '.join(_ACTIVATIONS)} are)")
+    return _ACTIVATIONS[name]
+
+
+def _window(fields: Fields, family: str) -> int | None:
+    """Qwen's files name a window that their models do not use."""
+    has_window = family in ("mistral", "gemma3") or fields.flag("use_sliding_window")
+    if not has_window or "sliding_window" not in fields:
+        return None
+    if fields.flag("use_bidirectional_attention"):
+        raise fields.refuse("bidirectional attention")
+    window = fields.integer("sliding_window")
+    if window < 1:
+        raise fields.refuse(f"a sliding window of {window}")
+    return window
+
+
+def _kinds(fields: Fields, family: str, layers: int, window: int | None) -> tuple[Kind, ...]:
+    """Empty where all layers attend to everything."""
+    named = fields.get("layer_types")
+    kinds: list[Kind] = []
+    if named is not None:
+        if not isinstance(named, list) or len(named) != layers:
+            raise fields.refuse(f"layer_types that are not one for each of {layers} layers")
+        for name in named:
+            if name not in _KINDS:
+                raise fields.refuse(f"the layer type {name!r} ({', '.join(_KINDS)} are)")
+            kinds.append(_KINDS[name])
+    else:
+        kinds = [_kind(fields, family, index) for index in range(layers)]
+    if window is None:
+        kinds = ["full" if kind == "sliding" else kind for kind in kinds]
+    return () if set(kinds) <= {"full"} else tuple(kinds)
+
+
+def _kind(fields: Fields, family: str, index: int) -> Kind:
+    """Of a layer in a file that does not name its layers' types."""
+    if family in _HYBRID:
+        return "delta" if (index + 1) % max(1, fields.integer("full_attention_interval", 4)) else "full"
+    if family == "gemma3":
+        return "sliding" if (index + 1) % max(1, fields.integer("sliding_window_pattern", 6)) else "full"
+    if family in ("qwen2", "qwen3"):
+        return "sliding" if index >= fields.integer("max_window_layers", 28) else "full"
+    return "sliding"
+
+
+def _ropes(fields: Fields, two: bool) -> tuple[Rope, Rope | None]:
+    """Of layers that see everything and, with `two`, of those with a window."""
+    given = fields.section("rope_parameters")
+    scaling = fields.section("rope_scaling")
+    theta = fields.get("rope_theta", 10000.0)
+    if not two:
+        return _rope(fields, given or scaling, theta), None
+    full = given.get("full_attention") or scaling
+    local = given.get("sliding_attention") or {}
+    return _rope(fields, full, theta), _rope(fields, local, fields.get("rope_local_base_freq"))
+
+
+def _rope(fields: Fields, plain: dict[str, Any], theta: object) -> Rope:
+    rope = fields.inner({"rope_theta": theta, **plain}, f"the rope parameters of {CONFIG}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return Rope(rope.number("rope_theta"))
+    if kind == "linear":
+        return Rope(rope.number("rope_theta"), factor=rope.number("factor"))
+    if kind != "llama3":
+        raise fields.refuse(f"the rope type {kind!r} (default, linear and llama3 are)")
+    return Rope(
+        rope.number("rope_theta"),
+        Llama3Scaling(
+            rope.number("factor"),
+            rope.number("low_freq_factor"),
+            rope.number("high_freq_factor"),
+            rope.integer("original_max_position_embeddings"),
+        ),
+    )
+
+
+def _rotary_dim(fields: Fields, width: int, partial: bool) -> int:
+    """0 for the whole head, which is all that families know that are not `partial`."""
+    inside = fields.inner(fields.section("rope_parameters"), f"the rope parameters of {CONFIG}")
+    factor = inside.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    if factor == 1.0:
+        return 0
+    if not partial or not 0 < factor < 1:
+        raise fields.refuse(f"a rotary embedding of a part of the head ({factor})")
+    return int(width * factor)
+
+
+def _embedding_scale(checkpoint: Checkpoint, prefix: str, hidden: int) -> float:
+    """sqrt(hidden) in the type of the table, in which the model was trained."""
+    table = checkpoint.tensors.get(f"{prefix}embed_tokens.weight")
+    dtype = "F32" if table is None else table.dtype
+    (bits,) = struct.unpack("<I", struct.pack("<f", hidden**0.5))
+    if dtype == "BF16":
+        bits = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000  # round to nearest, ties to even
+    scale: float = struct.unpack("<f", struct.pack("<I", bits))[0]
+    if dtype == "F16":
+        scale = struct.unpack("<e", struct.pack("<e", scale))[0]
+    return scale
+
+
+def _delta(fields: Fields) -> DeltaShape:
+    gate = fields.get("output_gate_type", "silu")
+    if gate not in ("silu", "swish"):
+        raise fields.refuse(f"the output gate {gate!r} (silu is)")
+    return DeltaShape(
+        key_heads=fields.integer("linear_num_key_heads"),
+        value_heads=fields.integer("linear_num_value_heads"),
+        key_width=fields.integer("linear_key_head_dim"),
+        value_width=fields.integer("linear_value_head_dim"),
+        kernel=fields.integer("linear_conv_kernel_dim"),
+    )
+
+
+def _experts(
+    fields: Fields, family: str, layers: int, checkpoint: Checkpoint
+) -> tuple[ExpertsShape | None, tuple[int, ...]]:
+    """And the layers that have none all the same."""
+    count = fields.integer("num_experts", fields.integer("num_local_experts", 0))
+    if family not in _WITH_EXPERTS or not count:
+        return None, ()
+    plain = fields.integers("mlp_only_layers")
+    every = max(1, fields.integer("decoder_sparse_step", 1))
+    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in checkpoint.tensors)
+    shape = ExpertsShape(
+        count=count,
+        active=fields.integer("num_experts_per_tok"),
+        intermediate=fields.integer("moe_intermediate_size"),
+        normalised=fields.flag("norm_topk_prob"),
+        shared_intermediate=0 if family == "qwen3_moe" else fields.integer("shared_expert_intermediate_size"),
+        stored="fused" if fused else "each",
+    )
+    return shape, tuple(i for i in range(layers) if i in plain or (i + 1) % every)

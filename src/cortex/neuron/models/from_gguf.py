@@ -1,0 +1,156 @@
+"""The shape of a model from the metadata of a GGUF file, and from which tensors are there.
+
+Keys as in ggml's docs/gguf.md, section Models, and in gguf-py's constants.py; what no file says is as in
+llama.cpp's src/models. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Final
+
+from cortex.neuron.models.fields import Fields
+from cortex.neuron.models.registry import family_name
+from cortex.neuron.models.shape import DeltaShape, ExpertsShape, Kind, ModelShape, Rope
+from cortex.neuron.weights.checkpoint import Checkpoint
+from cortex.wire.errors import LoadFailed
+
+FREQUENCY_FACTORS: Final = "rope_freqs.weight"
+"""The tensor in which GGUF files carry Llama 3.1's rope scaling: a divisor for each pair."""
+_HYBRID: Final = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+_WITH_EXPERTS: Final = ("qwen3_moe", "qwen3_next", "qwen3_5_moe")
+_GEMMA_27B_LAYERS: Final = 62
+"""Of the one Gemma 3 whose queries are not divided by the root of the head's width."""
+
+
+def shape_from_gguf(checkpoint: Checkpoint) -> ModelShape:
+    """Raises LoadFailed."""
+    fields = Fields(checkpoint.path, checkpoint.metadata, f"{checkpoint.architecture}.", "the metadata")
+    family = family_name(checkpoint.architecture)
+    tensors = checkpoint.tensors
+    heads = fields.integer("attention.head_count")
+    hidden = fields.integer("embedding_length")
+    width = fields.integer("attention.key_length", hidden // max(1, heads))
+    if fields.integer("attention.value_length", width) != width:
+        raise fields.refuse("a value width that differs from the key width")
+    table = tensors.get("token_embd.weight")
+    if table is None:
+        raise LoadFailed(f"{checkpoint.path} lacks tensor token_embd.weight.")
+    # The blocks for predicting further tokens come last and are no part of the model.
+    layers = fields.integer("block_count") - fields.integer("nextn_predict_layers", 0)
+    experts, dense_layers = _experts(fields, family, layers, checkpoint)
+    rotary = fields.integer("rope.dimension_count", width)
+    if rotary != width and family not in _HYBRID:
+        raise fields.refuse("a rotary embedding of a part of the head")
+    kinds = _kinds(fields, family, layers)
+    is_gemma = family == "gemma3"
+    first_full = kinds.index("full") if "full" in kinds else 0
+    return ModelShape(
+        architecture=checkpoint.architecture,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=fields.integer("attention.head_count_kv", heads),
+        head_dim=width,
+        intermediate=fields.integer("feed_forward_length", experts.intermediate if experts else None),
+        vocab=table.shape[0],
+        max_position=fields.integer("context_length"),
+        rope=_rope(fields, checkpoint, width),
+        norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+        tied="output.weight" not in tensors,
+        qkv_bias=f"blk.{first_full}.attn_q.bias" in tensors,
+        output_bias=f"blk.{first_full}.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        activation="gelu_tanh" if is_gemma else "silu",
+        rotary_dim=0 if rotary == width else rotary,
+        qk_norm=f"blk.{first_full}.attn_q_norm.weight" in tensors,
+        gated=family in _HYBRID,
+        post_norms=is_gemma,
+        kinds=kinds,
+        window=fields.integer("attention.sliding_window") if "sliding" in kinds else None,
+        local_rope=Rope(fields.number("rope.freq_base_swa", 10000.0)) if is_gemma else None,
+        query_scale=_query_scale(hidden, heads, width, layers) if is_gemma else None,
+        embedding_scale=hidden**0.5 if is_gemma else None,
+        logit_cap=fields.number("final_logit_softcapping") if "final_logit_softcapping" in fields else None,
+        delta=_delta(fields, family) if "delta" in kinds else None,
+        experts=experts,
+        dense_layers=dense_layers,
+    )
+
+
+def _query_scale(hidden: int, heads: int, width: int, layers: int) -> float:
+    return 1 / math.sqrt(hidden / heads if layers == _GEMMA_27B_LAYERS else width)
+
+
+def _kinds(fields: Fields, family: str, layers: int) -> tuple[Kind, ...]:
+    """Empty where all layers attend to everything."""
+    if family in _HYBRID:
+        every = max(1, fields.integer("full_attention_interval", 4))
+        return tuple("delta" if (index + 1) % every else "full" for index in range(layers))
+    if family != "gemma3" or "attention.sliding_window" not in fields:
+        return ()
+    pattern = fields.get("attention.sliding_window_pattern", 6)
+    if isinstance(pattern, list):
+        if len(pattern) != layers:
+            raise fields.refuse(f"a sliding_window_pattern of {len(pattern)} for {layers} layers")
+        return tuple("sliding" if windowed else "full" for windowed in pattern)
+    if type(pattern) is not int or pattern < 1:
+        raise fields.refuse(f"the sliding_window_pattern {pattern!r}")
+    return tuple("sliding" if (index + 1) % pattern else "full" for index in range(layers))
+
+
+def _rope(fields: Fields, checkpoint: Checkpoint, width: int) -> Rope:
+    theta = fields.number("rope.freq_base", 10000.0)
+    scaling = fields.get("rope.scaling.type", "none")
+    if scaling == "linear":
+        return Rope(theta, factor=fields.number("rope.scaling.factor"))
+    if scaling != "none":
+        raise fields.refuse(f"the rope scaling {scaling!r} (none and linear are)")
+    return Rope(theta, divisors=_frequency_factors(checkpoint, width))
+
+
+def _frequency_factors(checkpoint: Checkpoint, width: int) -> tuple[float, ...]:
+    tensor = checkpoint.tensors.get(FREQUENCY_FACTORS)
+    if tensor is None:
+        return ()
+    if tensor.dtype != "F32" or tensor.shape != (width // 2,):
+        raise LoadFailed(f"{checkpoint.path}: tensor {tensor.name} is not fp32 of {width // 2} pairs.")
+    return struct.unpack(f"<{width // 2}f", checkpoint.rows(tensor.name, 0, tensor.rows))
+
+
+def _delta(fields: Fields, family: str) -> DeltaShape:
+    value_heads = fields.integer("ssm.time_step_rank")
+    return DeltaShape(
+        key_heads=fields.integer("ssm.group_count"),
+        value_heads=value_heads,
+        key_width=fields.integer("ssm.state_size"),
+        value_width=fields.integer("ssm.inner_size") // max(1, value_heads),
+        kernel=fields.integer("ssm.conv_kernel"),
+        tiled=family != "qwen3_next",
+    )
+
+
+def _experts(
+    fields: Fields, family: str, layers: int, checkpoint: Checkpoint
+) -> tuple[ExpertsShape | None, tuple[int, ...]]:
+    """And the layers that have none all the same."""
+    count = fields.integer("expert_count", 0)
+    if not count:
+        return None, ()
+    if family not in _WITH_EXPERTS:
+        raise fields.refuse("a mixture of experts")
+    tensors = checkpoint.tensors
+    dense = tuple(index for index in range(layers) if f"blk.{index}.ffn_gate_inp.weight" not in tensors)
+    gates = [tensor for name, tensor in tensors.items() if name.endswith(".ffn_gate_inp_shexp.weight")]
+    has_shared = bool(gates)
+    shape = ExpertsShape(
+        count=count,
+        active=fields.integer("expert_used_count"),
+        intermediate=fields.integer("expert_feed_forward_length"),
+        normalised=fields.flag("expert_weights_norm", True),
+        shared_intermediate=fields.integer("expert_shared_feed_forward_length") if has_shared else 0,
+        stored="fused" if any(".ffn_gate_up_exps." in name for name in tensors) else "stacked",
+        flat_gate=has_shared and len(gates[0].shape) == 1,
+    )
+    return shape, dense
