@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from cortex.neuron.models.delta_sources import delta_sources
 from cortex.neuron.models.shape import DeltaShape
@@ -323,6 +324,34 @@ def test_extreme_gates_are_no_trouble(decay: float, beta: float) -> None:
     assert found.isfinite().all()
     assert apart(found, expected) < 1e-4
     assert apart(chunked, recurrent[0]) < 1e-4
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_damaged_numbers_show(part: int) -> None:
+    heads = Heads(2, 2, False)
+    tokens = correlated(70, heads, 16)
+    tokens[part][3] = float("nan")
+    assert scan(heads, *tokens, torch.zeros(4, 16, 16))[3].isnan().all()
+    assert token_by_token(heads, tokens, torch.zeros(1, 4, 16, 16))[3].isnan().all()
+
+
+def test_forgotten_numbers_are_zero_before_they_slow_the_products_down() -> None:
+    """Decays of all strengths, and no number that CPUs cannot compute with at speed."""
+    heads = Heads(2, 2, False)
+    decay = torch.linspace(-30, -0.1, 256).view(64, 4)
+    state, products = torch.zeros(4, 16, 16), []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function: Any, kinds: Any, given: Any = (), named: Any = None) -> Any:
+            if function in (torch.bmm, torch.baddbmm, torch.Tensor.baddbmm_):
+                products.extend(x.clone() for x in given)
+            return function(*given, **(named or {}))
+
+    with Watch():
+        scan(heads, *correlated(64, heads, 16)._replace(log_decay=decay), state)
+    assert len(products) == 10
+    tiny = torch.finfo(torch.float32).tiny
+    assert not any(((x != 0) & (x.abs() < tiny)).any() for x in products)
 
 
 # --- the layer ------------------------------------------------------------------------------------
