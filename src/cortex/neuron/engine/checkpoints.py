@@ -50,10 +50,11 @@ class StateBooks:
         if not self.active:
             return NO_SLOT
         slot = self._free.pop()
-        known = [block for block in _path(match) if block.state is not None]
-        if known:
-            self._copies.append(Copy(known[-1].state, slot, 1))
-        for block in reversed(known[:1] + known[-1:]):  # the system prompt's goes last of all
+        known = {block: block.state for block in _path(match) if block.state is not None}
+        blocks = [*known]
+        if blocks:
+            self._copies.append(Copy(known[blocks[-1]], slot, 1))
+        for block in reversed(blocks[:1] + blocks[-1:]):  # the system prompt's goes last of all
             self._kept[block] = self._kept.pop(block)
         return slot
 

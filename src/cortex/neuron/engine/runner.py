@@ -93,8 +93,8 @@ def load_runner(
     working: int = 1,
     kept: int = 0,
 ) -> Runner:
-    """Load a rank's share of the checkpoint at `path`, with a cache of so many tokens and, where the model has
-    recurrent layers, slots for `working` sequences and `kept` checkpoints.
+    """Load a rank's share of the checkpoint at `path`, with a cache of so many tokens and, where the model
+    has recurrent layers, slots for `working` sequences and `kept` checkpoints.
 
     Raises LoadFailed; what `report` raises passes through.
     """
