@@ -127,6 +127,7 @@ class AdmissionSection(_Section, frozen=True, kw_only=True):
 
 class PrefixCacheSection(_Section, frozen=True, kw_only=True):
     enabled: bool = True
+    state_mb: Annotated[int, msgspec.Meta(ge=0)] = 1024
 
 
 class NeuronConfig(_Section, frozen=True, kw_only=True):

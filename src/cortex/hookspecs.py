@@ -373,6 +373,8 @@ class LoadOrder(msgspec.Struct, frozen=True, kw_only=True):
     max_wait_s: float | None = None
     """A sequence that has not started after so long fails with Busy; None for no limit."""
     prefix_cache: bool = True
+    state_bytes: int = 2**30
+    """Most host memory for states of recurrent layers that the prefix cache keeps."""
     options: Mapping[str, Any] = {}
 
 

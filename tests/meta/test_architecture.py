@@ -30,6 +30,7 @@ TORCH_ROOMS = (
     "cortex.neuron.engine.ranks",
     "cortex.neuron.engine.runner",
     "cortex.neuron.engine.sampler",
+    "cortex.neuron.engine.states",
     "cortex.neuron.engine.threads",
     "cortex.neuron.engine.worker",
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,28 @@ def test_a_plan_is_weights_two_contexts_and_the_process(tiny: Path) -> None:
         assert plan.bytes_per_device == {"cpu": shape.weight_bytes(dtype) + cache + PROCESS_BYTES}
         assert plan.limit.context == plan.limit.input == plan.limit.output == shape.max_position
         assert (plan.detail.dtype, plan.detail.cache_tokens) == (dtype, 2 * shape.max_position)
+
+
+def test_a_plan_has_states_for_all_who_run_and_for_those_that_are_kept(make_tiny: Callable[..., Any]) -> None:
+    path = make_tiny("qwen3_5_text").directory
+    with open_checkpoint(path) as checkpoint:
+        shape = read_shape(checkpoint)
+    state = shape.state_bytes
+    assert state == 4 * 2 * (6 * 8 * 12 + (2 * 2 * 8 + 6 * 12) * 3)
+    sizes = {}
+    for kept, changes in {
+        0: {"prefix_cache": False},
+        5: {"state_bytes": 6 * state - 1},
+        40: {"state_bytes": 40 * state},
+    }.items():
+        plan = TorchFactory().plan(order(path, max_running=3, **changes))
+        assert plan.detail.checkpoints == kept
+        sizes[kept] = plan.bytes_per_device["cpu"]
+    assert sizes[0] > 3 * state + PROCESS_BYTES + shape.weight_bytes("packed16")
+    assert sizes[5] - sizes[0] == 5 * state
+    assert sizes[40] - sizes[0] == 40 * state
+    tight = order(path, memory_bytes=PROCESS_BYTES + 64 * MIB)
+    assert TorchFactory().plan(tight).detail.checkpoints == tight.memory_bytes // 8 // state
 
 
 def test_a_budget_is_taken_as_it_is_and_the_cache_gets_what_is_left(tiny: Path) -> None:

@@ -150,6 +150,7 @@ def _loader(
         max_running=config.admission.max_running,
         max_wait_s=config.admission.max_wait_s or None,
         prefix_cache=config.prefix_cache.enabled,
+        state_bytes=config.prefix_cache.state_mb * MIB,
     )
 
 

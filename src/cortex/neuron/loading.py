@@ -47,10 +47,11 @@ class Loader:
         max_running: int = 8,
         max_wait_s: float | None = None,
         prefix_cache: bool = True,
+        state_bytes: int = 2**30,
         off_loop: OffLoop = asyncio.to_thread,
     ) -> None:
         """`devices` are the uuids that a load gets which names none; `threads` all that models may use.
-        `max_running`, `max_wait_s` and `prefix_cache` are for every model, see LoadOrder.
+        `max_running`, `max_wait_s`, `prefix_cache` and `state_bytes` are for every model, see LoadOrder.
 
         `available` measures the bytes that are free on each device; it may block.
         """
@@ -63,6 +64,7 @@ class Loader:
         self._max_running = max_running
         self._max_wait_s = max_wait_s
         self._prefix_cache = prefix_cache
+        self._state_bytes = state_bytes
         self._running: dict[str, LoadedModel] = {}
         self._off_loop = off_loop
 
@@ -131,6 +133,7 @@ class Loader:
             max_running=self._max_running,
             max_wait_s=self._max_wait_s,
             prefix_cache=self._prefix_cache,
+            state_bytes=self._state_bytes,
         )
         plan: LoadPlan = await self._off_loop(factory.plan, order)
         budget = min(self._ledger.budget(device) for device in order.devices)

@@ -40,6 +40,8 @@ PROCESS_BYTES: Final = 384 * MIB
 MIN_CONTEXT: Final = 2048
 """Tokens. A shorter context than this, or than the model's own, is not worth a load."""
 _ROUND: Final = 64
+STATES_SHARE: Final = 8
+"""Of a budget, one part in so many is for states that are kept."""
 PREFILL_CHUNK: Final = 512
 
 
@@ -48,6 +50,7 @@ class _Detail(msgspec.Struct, frozen=True):
 
     dtype: str
     cache_tokens: int
+    checkpoints: int
     options: Mapping[str, Any] = {}
 
 
@@ -96,6 +99,10 @@ class TorchFactory:
         share = largest_share(shape, ranks)
         together = max(order.devices.count(device) for device in order.devices)
         fixed = rank_weight_bytes(shape, ranks, dtype) + PROCESS_BYTES
+        checkpoints = _checkpoints(shape, order)
+        # Those that run have theirs on the device, what is kept lies on the host.
+        slots = order.max_running + (checkpoints if order.devices[0] == CPU else 0)
+        fixed += slots * share.state_bytes
         if order.memory_bytes is None:
             cache_tokens = 2 * shape.max_position
             size = together * (fixed + cache_tokens * share.kv_bytes_per_token)
@@ -107,7 +114,7 @@ class TorchFactory:
             order=order,
             bytes_per_device=dict.fromkeys(order.devices, size),
             limit=Limit(context=context, input=context, output=context),
-            detail=_Detail(dtype, cache_tokens, self._options),
+            detail=_Detail(dtype, cache_tokens, checkpoints, self._options),
         )
 
     async def load(self, plan: LoadPlan, report: Callable[[Progress], None]) -> LoadedModel:
@@ -174,6 +181,16 @@ def _cache_within(budget: int, together: int, fixed: int, share: ModelShape, ord
     return tokens if tokens < _ROUND else tokens // _ROUND * _ROUND
 
 
+def _checkpoints(shape: ModelShape, order: LoadOrder) -> int:
+    """How many states fit into what the order allows for them, on all ranks together."""
+    if not shape.state_bytes or not order.prefix_cache:
+        return 0
+    allowed = order.state_bytes
+    if order.memory_bytes is not None:
+        allowed = min(allowed, order.memory_bytes // STATES_SHARE)
+    return allowed // shape.state_bytes
+
+
 def _order(plan: LoadPlan) -> Load:
     """The order for rank 0 of one."""
     order, detail = plan.order, plan.detail
@@ -188,5 +205,6 @@ def _order(plan: LoadPlan) -> Load:
         max_running=order.max_running,
         max_wait_s=order.max_wait_s,
         prefix_cache=order.prefix_cache,
+        checkpoints=detail.checkpoints,
         options={**detail.options, **order.options},
     )

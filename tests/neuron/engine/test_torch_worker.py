@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -163,7 +163,8 @@ def greedy(path: Path, ids: list[int], count: int) -> list[int]:
     made = load_runner(path, placement, cache_rows=2048, report=lambda done, total: None)
     ids = list(ids)
     for _ in range(count):
-        logits = made.logits(StepPlan(ids, [Segment(0, len(ids), [(0, len(ids))])], [len(ids) - 1]))
+        segment = Segment(0, len(ids), [(0, len(ids))], slot=0)
+        logits = made.logits(StepPlan(ids, [segment], [len(ids) - 1]))
         ids.append(int(logits.argmax()))
     return ids[-count:]
 
@@ -267,6 +268,25 @@ def test_the_turn_that_follows_finds_what_the_turn_before_left(worker: Worker) -
     said = [token for output in outputs for token in output.ids]
     worker.send(Generate(key=2, request_id="r2", ids=[*first.ids, *said, 5, 6], sampling=first.sampling))
     assert next(worker.outputs()).cached_tokens == 59
+
+
+def test_a_hybrid_goes_on_from_the_state_of_the_turn_before(
+    started: Worker, make_tiny: Callable[..., Any]
+) -> None:
+    path = make_tiny("qwen3_5_text").directory
+    started.send(load(path, context=256, cache_tokens=512, checkpoints=4))
+    while not isinstance(report := started.report(), Ready):
+        assert isinstance(report, LoadProgress), report
+    first = generate(1, length=50, max_tokens=10)
+    started.send(first)
+    said, _ = started.answer(1)
+    assert said == greedy(path, first.ids, 10)
+    second = Generate(key=2, request_id="r2", ids=[*first.ids, *said, 5, 6], sampling=first.sampling)
+    started.send(second)
+    outputs = started.outputs()
+    head = next(outputs)
+    assert head.cached_tokens == 59
+    assert head.ids + [token for _ in range(9) for token in next(outputs).ids] == greedy(path, second.ids, 10)
 
 
 def test_threads_are_the_nodes_to_change_while_it_works(worker: Worker) -> None:

@@ -47,10 +47,9 @@ def reserved(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """fp32 that takes no memory of the host before it is written to, and then a small page at a time: in huge
     pages a new row would stop the step until megabytes of every layer are cleared.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or not math.prod(shape):
         return torch.empty(shape, device=device)
-    size = max(4 * math.prod(shape), mmap.PAGESIZE)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=torch.float32, count=math.prod(shape)).view(shape)
 
 

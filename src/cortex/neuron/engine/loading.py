@@ -15,12 +15,14 @@ import torch
 
 from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.channel import Channel, PeerGone
+from cortex.neuron.engine.checkpoints import StateBooks
 from cortex.neuron.engine.messages import Load, LoadProgress
 from cortex.neuron.engine.paged import PAGE
 from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.engine.runner import CudaOptions, Runner, load_runner
 from cortex.neuron.engine.scheduler import Scheduler
 from cortex.neuron.engine.threads import best_threads
+from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.nn.parallel import RankGone
 from cortex.neuron.nn.placement import Dtype, Placement, Share
 from cortex.wire.errors import LoadFailed
@@ -54,6 +56,8 @@ def load_model(order: Load, channel: Channel, ranks: Ranks) -> Runner:
             report=_reporter(channel),
             threads=order.threads,
             cuda=_cuda_options(order),
+            working=order.max_running,
+            kept=order.checkpoints,
         )
         torch.set_num_threads(order.threads)
         if order.world == 1 and placement.device.type == "cpu":
@@ -70,15 +74,19 @@ def load_model(order: Load, channel: Channel, ranks: Ranks) -> Runner:
     return runner
 
 
-def make_scheduler(order: Load, vocab: int) -> Scheduler:
+def make_scheduler(order: Load, shape: ModelShape) -> Scheduler:
+    states = None
+    if shape.delta is not None:
+        states = StateBooks(order.max_running, order.checkpoints, block=block_size(order))
     return Scheduler(
         BlockPool(pool_blocks(order), block_size(order), caching=order.prefix_cache),
         context=order.context,
         prefill_chunk=order.prefill_chunk,
-        vocab=vocab,
+        vocab=shape.vocab,
         clock=time.monotonic,
         max_running=order.max_running,
         max_wait_s=order.max_wait_s,
+        states=states,
     )
 
 

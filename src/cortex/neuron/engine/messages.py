@@ -38,6 +38,8 @@ class Load(_Message, frozen=True, kw_only=True, tag="load"):
     max_running: int = 8
     max_wait_s: float | None = None
     prefix_cache: bool = True
+    checkpoints: int = 0
+    """States of recurrent layers that are kept for later, where a model has such layers."""
     rank: int = 0
     world: int = 1
     """Ranks of the model; of more than one, this is `rank`."""

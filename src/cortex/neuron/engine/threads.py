@@ -45,7 +45,7 @@ def best_threads(
 
 
 def _step_seconds(runner: Computes, clock: Callable[[], float]) -> float:
-    plan = StepPlan([0], [Segment(0, 1, [(0, 1)])], [0])
+    plan = StepPlan([0], [Segment(0, 1, [(0, 1)], slot=0)], [0])
     runner.logits(plan)  # the first one warms caches and starts threads
     shortest = float("inf")
     began = clock()

@@ -69,7 +69,7 @@ def run(sock: socket.socket, links: Iterable[socket.socket] = ()) -> None:
             if order.rank:
                 follow(channel, runner, ranks)
             else:
-                Loop(channel, runner, make_scheduler(order, runner.shape.vocab), ranks).run()
+                Loop(channel, runner, make_scheduler(order, runner.shape), ranks).run()
         except RankSilent as silent:
             channel.send(Broken(reason=str(silent)))
     except (PeerGone, RankGone) as gone:  # the node sees itself that a rank has ended
