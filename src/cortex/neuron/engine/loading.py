@@ -46,6 +46,9 @@ def load_model(order: Load, channel: Channel, ranks: Ranks) -> Runner:
         )
     placement = _placement(order)
     try:
+        # Numbers next to nothing, which decaying states come to, take a CPU a hundred times as long; threads
+        # that start from here on have the setting too.
+        torch.set_flush_denormal(True)
         # Loading keeps its threads busy with whole parameters; a step splits its operations.
         torch.set_num_threads(1)
         ranks.meet(placement.device)

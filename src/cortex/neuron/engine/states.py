@@ -35,14 +35,17 @@ class StatePool:
     def __init__(
         self, sizes: DeltaShape, layers: int, working: int, kept: int, device: torch.device, share: Share
     ) -> None:
-        conv = (share.divide(sizes.channels), sizes.kernel - 1)
+        # A token's channels lie side by side, as the projection gives them.
+        conv = (sizes.kernel - 1, share.divide(sizes.channels))
         memory = (share.divide(sizes.value_heads), sizes.key_width, sizes.value_width)
         self._working = working
         # Slots come first where they are copied, so that a checkpoint lies in one piece.
         self._slots = [torch.zeros(layers, working, *size, device=device) for size in (conv, memory)]
         self._kept = [reserved((kept, layers, *size), HOST) for size in (conv, memory)]
         self.nbytes = sum(part.nbytes for part in (*self._slots, *self._kept))
-        self.layers = [LayerSlots(*parts) for parts in zip(*self._slots, strict=True)]
+        self.layers = [
+            LayerSlots(conv.transpose(1, 2), memory) for conv, memory in zip(*self._slots, strict=True)
+        ]
 
     def copy(self, copies: Iterable[Copy]) -> None:
         """States of every layer, one order after the other."""
