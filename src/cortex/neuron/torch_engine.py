@@ -30,9 +30,9 @@ from cortex.wire.node import Limit, Progress
 WORKER: Final = "cortex.neuron.engine.worker"
 """The module that the warm server imports, torch with it."""
 CPU: Final = "cpu"
-DTYPES: Final = ("packed16", "int8", "float32")
+DTYPES: Final = ("packed16", "int8", "int4", "float32")
 """Forms of the weights; the first one is for loads that name none."""
-QUANTS: Final = ("int8",)
+QUANTS: Final = ("int8", "int4")
 """Those that a load may ask for as its `quant`, whatever the file holds."""
 MIB: Final = 2**20
 PROCESS_BYTES: Final = 384 * MIB
@@ -149,7 +149,7 @@ def check_quant(quant: str | None, checkpoint: Checkpoint) -> None:
         return
     raise BadRequest(
         f"{checkpoint.path.name} is not of the quantisation {quant!r}: it holds {', '.join(sorted(types))}, "
-        f"and {', '.join(QUANTS)} is all that can be made of it here. Leave quant out, or name a file "
+        f"and {' or '.join(QUANTS)} is all that can be made of it here. Leave quant out, or name a file "
         f"that has it.",
         param="quant",
     )

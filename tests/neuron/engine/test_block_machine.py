@@ -2,7 +2,8 @@
 
 Nothing is computed. Instead every row of the cache holds the tokens up to and including its own, as a model
 would have put them there; a segment must find exactly its sequence's beginning in the rows that it reads, or
-a copy, a shared block, a preemption or an eviction has mixed contents.
+a copy, a shared block, a preemption or an eviction has mixed contents. The same with states: a slot holds the
+tokens that its state has seen.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from cortex.hookspecs import Sampling
 from cortex.neuron.engine import scheduler
 from cortex.neuron.engine.blocks import BlockPool, common
+from cortex.neuron.engine.checkpoints import StateBooks
 from cortex.neuron.engine.messages import Generate, Output
 from cortex.neuron.engine.scheduler import Scheduled, Scheduler
 from cortex.neuron.engine.sequence import Sequence
+from cortex.neuron.nn.plan import NO_SLOT
 
 VOCAB, STOP = 50, 7
 SPEAKERS = 12
@@ -46,7 +49,9 @@ class World:
         chunk: int,
         running: int,
         wait: float | None,
+        kept: int | None = None,
     ) -> None:
+        """`kept` is how many checkpoints of states there may be, None for a model without states."""
         self.now = 0.0
         self.pool = BlockPool(-(-context // size) + spare, size, caching=caching)
         self.context = context
@@ -59,7 +64,11 @@ class World:
             clock=lambda: self.now,
             max_running=running,
             max_wait_s=wait,
+            states=None if kept is None else StateBooks(running, kept, block=size, apart=4),
         )
+        self.slots: dict[int, tuple[int, ...]] = {}
+        self.resumed = 0
+        """Sequences that have begun with the state of a checkpoint."""
         self.rows: dict[int, tuple[int, ...]] = {}
         self.open: dict[int, Sequence] = {}
         self.ended: set[int] = set()
@@ -101,6 +110,7 @@ class World:
         changed = self.compute(scheduled)
         if breaks:
             self.rows |= dict.fromkeys(changed, GARBAGE)
+            self.slots = dict.fromkeys(self.slots, GARBAGE)
             outputs = self.made.fail(scheduled, "broken")
             assert [output.key for output in outputs] == [sequence.key for sequence in scheduled.sequences]
             assert not self.made._running
@@ -140,11 +150,25 @@ class World:
                 written[rows[position]] = tuple(sequence.tokens[: position + 1])
         assert next(ids, None) is None
         self.rows |= written
+        self.compute_states(scheduled)
         for sequence, segment in zip(scheduled.sequences, plan.segments, strict=True):
             rows = [first + index for first, count in segment.runs for index in range(count)]
             for position, row in enumerate(rows):
                 assert self.rows.get(row) == tuple(sequence.tokens[: position + 1]), "contents are mixed"
         return changed | set(written)
+
+    def compute_states(self, scheduled: Scheduled) -> None:
+        plan = scheduled.plan
+        for copy in plan.states:
+            self.slots[copy.target] = self.slots[copy.source]
+            self.resumed += copy.target < self.most
+        for sequence, segment in zip(scheduled.sequences, plan.segments, strict=True):
+            assert segment.slot == sequence.slot
+            if self.made.states.active:
+                assert 0 <= segment.slot < self.most
+                seen = self.slots[segment.slot] if segment.start else ()
+                assert seen == tuple(sequence.tokens[: segment.start]), "a state is of something else"
+                self.slots[segment.slot] = tuple(sequence.tokens[: segment.end])
 
     def check_turns(self, waiting: list[Sequence], running: list[Sequence]) -> None:
         """First come, first served, but for those whose prompt begins with what is being computed; and
@@ -190,6 +214,9 @@ class World:
         pool.check([sequence.blocks for sequence in made._running])
         assert not any(sequence.blocks or sequence.promised for sequence in made._waiting)
         assert sum(sequence.promised for sequence in made._running) <= pool.available
+        known = list(pool._walk(pool._root))
+        made.states.check([s.slot for s in made._running if made.states.active], known)
+        assert all(sequence.slot == NO_SLOT for sequence in made._waiting)
         held = {block.place for sequence in made._running for block in sequence.blocks}
         assert len(held) == pool.held
         if made.idle:
@@ -214,6 +241,7 @@ SHAPES: dict[str, Any] = {
     "chunk": st.sampled_from([1, 3, 8, 64]),
     "running": st.sampled_from([1, 3, 8]),
     "wait": st.sampled_from([None, 30.0]),
+    "kept": st.sampled_from([None, None, 0, 1, 3, 30]),
 }
 
 
@@ -315,3 +343,17 @@ def test_random_traffic_over_caches_of_other_shapes(size: int, caching: bool, sp
     )
     assert world.finished > 20
     assert caching or not (world.hits or world.copied)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "kept", "spare"), [(4, 6, 20), (4, 40, 60), (2, 3, 0), (16, 12, 8)])
+def test_random_traffic_with_states_resumes_from_what_they_have_seen(
+    size: int, kept: int, spare: int
+) -> None:
+    world = walk(
+        kept, 3000, size=size, context=64, spare=spare, caching=True, chunk=8, running=8, wait=None, kept=kept
+    )
+    assert world.finished > 150
+    assert min(10 * world.preempted, world.hits) > 40
+    assert world.resumed > 20
+    assert world.made.states.kept <= kept

@@ -214,11 +214,13 @@ def test_forgetting_spares_what_is_held(pool: BlockPool) -> None:
     assert (found(pool, "abcdefghX"), found(pool, "xxxxX")) == ((4, 0), (0, 0))
 
 
-def test_a_forgotten_block_lets_go_of_its_state(pool: BlockPool) -> None:
+def test_who_keeps_something_for_a_block_hears_that_it_is_forgotten(pool: BlockPool) -> None:
+    told: list[Block] = []
+    pool.on_forget = told.append
     (block,) = store(pool, "abcd")
-    block.state = object()
+    assert not told
     pool.forget_idle()
-    assert block.state is None
+    assert told == [block]
 
 
 # --- the check itself ---

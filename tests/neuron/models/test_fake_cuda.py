@@ -40,7 +40,7 @@ PLANS = {
 }
 
 
-@pytest.fixture(scope="module", params=["float32", "packed16"])
+@pytest.fixture(scope="module", params=["float32", "packed16", "int8", "int4"])
 def runner(
     request: pytest.FixtureRequest, fake_model: Callable[[str], Any], cuda_shape: ModelShape
 ) -> Runner:
@@ -58,7 +58,9 @@ def test_every_step_stays_on_the_device(runner: Runner, plan: str) -> None:
     assert (logits.shape, logits.dtype, logits.device) == (shape, torch.float32, DEVICE)
 
 
-@pytest.mark.parametrize(("dtype", "table"), [("float32", torch.float32), ("packed16", torch.float16)])
+@pytest.mark.parametrize(
+    ("dtype", "table"), [("float32", torch.float32), ("packed16", torch.float16), ("int4", torch.float16)]
+)
 def test_on_cuda_nothing_is_packed(dtype: Dtype, table: torch.dtype) -> None:
     placement = Placement(DEVICE, dtype)
     assert not placement.packed

@@ -4,10 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
-from gguf import GGUFWriter
 from torch import Tensor
 
 from cortex.neuron.engine.runner import Runner, load_runner
@@ -182,77 +180,3 @@ def test_of_widths_that_models_have_not_much_more_is_foretold_than_taken(
 def shape_of(tiny: Any) -> ModelShape:
     with open_checkpoint(tiny.directory) as checkpoint:
         return read_shape(checkpoint)
-
-
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def write_gguf(tiny: Any, path: Path, factors: list[float] | None = None) -> None:
-    """As llama.cpp's converter does it: llama files get their rotary rows interleaved, qwen2 files do not."""
-    config = tiny.model.config
-    writer = GGUFWriter(path, config.model_type)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if factors is not None:
-        writer.add_tensor("rope_freqs.weight", numpy.array(factors, dtype=numpy.float32))
-    for name, values in tiny.model.state_dict().items():
-        stem, _, part = name.rpartition(".")
-        if stem.startswith("model.layers."):
-            index, _, rest = stem.removeprefix("model.layers.").partition(".")
-            stored = f"blk.{index}.{GGUF_NAMES[rest]}.{part}"
-        else:
-            stored = f"{GGUF_NAMES[stem]}.{part}"
-        if config.model_type == "llama" and rest_is_rotary(stem):
-            heads = config.num_attention_heads if "q_proj" in stem else config.num_key_value_heads
-            values = values.view(heads, 2, -1, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
-        if stem != "lm_head" or not config.tie_word_embeddings:
-            writer.add_tensor(stored, values.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def rest_is_rotary(stem: str) -> bool:
-    return stem.endswith(("q_proj", "k_proj"))
-
-
-@pytest.mark.parametrize("case", ["llama", "llama-tied", "llama-biases", "qwen2", "qwen2-tied"])
-def test_a_gguf_file_of_the_same_model_computes_the_same(
-    case: str, make_tiny: Callable[..., Any], tmp_path: Path
-) -> None:
-    kind, options = CASES[case]
-    tiny = make_tiny(kind, **options)
-    path = tmp_path / "tiny.gguf"
-    write_gguf(tiny, path)
-    assert (in_chunks(runner(path), IDS, [150]) - tiny.logits(IDS)).abs().max() <= 1e-4
-
-
-def test_frequency_factors_in_a_gguf_file_divide_the_frequencies(
-    make_tiny: Callable[..., Any], tmp_path: Path
-) -> None:
-    """Factors of 4 for all pairs are positions divided by 4, which transformers calls linear scaling."""
-    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-    tiny = make_tiny("llama", rope_parameters=rope)
-    path = tmp_path / "tiny.gguf"
-    write_gguf(tiny, path, factors=[4.0] * 4)
-    assert (in_chunks(runner(path), IDS, [150]) - tiny.logits(IDS)).abs().max() <= 1e-4

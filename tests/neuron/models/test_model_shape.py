@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cortex.neuron.models.reading import read_shape
-from cortex.neuron.models.shape import Llama3Scaling, Rope
+from cortex.neuron.models.shape import Llama3Scaling, ModelShape, Rope
 from cortex.neuron.weights.checkpoint import Checkpoint
 from cortex.neuron.weights.layout import TensorInfo
 from cortex.wire.errors import LoadFailed
@@ -135,6 +135,112 @@ def test_rope_is_read_in_the_old_and_the_new_style(changes: dict[str, Any]) -> N
     assert read_shape(huggingface(**changes)).rope == Rope(50000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192))
 
 
+HYBRID = {
+    "model_type": "qwen3_5_text",
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
+def test_costs_follow_from_the_kinds_of_layers() -> None:
+    """Three layers of four have a state instead of keys and values, and matrices of other sizes."""
+    shape = read_shape(huggingface(**HYBRID))
+    assert shape.kinds == ("delta", "delta", "delta", "full")
+    assert (shape.attention_layers, shape.delta_layers) == ((3,), (0, 1, 2))
+    assert shape.kv_bytes_per_token == 2 * 2 * 16 * 4
+    channels, values = 2 * 2 * 8 + 4 * 12, 4 * 12
+    assert shape.state_bytes == 3 * 4 * (channels * 3 + 4 * 8 * 12)
+    delta = 64 * (channels + values) + values * 64 + 4 * (2 * 64 + 3) + 4 * channels + 12
+    attention = 64 * (2 * 8 + 2 * 2) * 16 + 8 * 16 * 64 + 10 * 16
+    rest = 4 * (3 * 64 * 128 + 2 * 64) + 64 + 2 * 1000 * 64
+    assert shape.weight_bytes("float32") == 4 * (3 * delta + attention + rest)
+
+
+def test_experts_cost_each_and_their_router_is_fp32_in_every_form() -> None:
+    sizes = {**EXPERTS, "model_type": "qwen3_moe", "head_dim": 8, "mlp_only_layers": [1]}
+    shape, dense = read_shape(huggingface(**sizes)), read_shape(huggingface(model_type="qwen3", head_dim=8))
+    assert (shape.dense_layers, shape.has_experts(0), shape.has_experts(1)) == ((1,), True, False)
+    more = 5 * 3 * 64 * 48 + 5 * 64 - 3 * 64 * 128
+    assert shape.weight_bytes("float32") - dense.weight_bytes("float32") == 4 * more
+    packed = 5 * (2 * 512 * 96 + 2 * 512 * 64) + 4 * 5 * 64 - (2 * 512 * 256 + 2 * 512 * 64)
+    assert shape.weight_bytes("packed16") - dense.weight_bytes("packed16") == packed
+
+
+@pytest.mark.parametrize(
+    ("changes", "window", "kinds"),
+    [
+        ({"model_type": "mistral", "sliding_window": 8}, 8, ("sliding", "sliding")),
+        ({"model_type": "mistral"}, 4096, ("sliding", "sliding")),
+        ({"model_type": "mistral", "sliding_window": None}, None, ()),
+        ({"model_type": "llama", "sliding_window": 8}, None, ()),
+        ({"model_type": "qwen2", "sliding_window": 8}, None, ()),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}, None, ()),
+        (
+            {"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+            8,
+            ("full", "sliding"),
+        ),
+        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, None, ()),
+        (
+            {"model_type": "gemma3_text", "sliding_window": 8, "sliding_window_pattern": 2},
+            8,
+            ("sliding", "full"),
+        ),
+        ({"model_type": "gemma3_text", "sliding_window": 8}, 8, ("sliding", "sliding")),
+    ],
+)
+def test_windows_are_where_the_family_uses_them(
+    changes: dict[str, Any], window: int | None, kinds: tuple[str, ...]
+) -> None:
+    shape = read_shape(huggingface(**changes))
+    assert (shape.window, shape.kinds) == (window, kinds)
+
+
+def test_a_part_of_the_head_is_rotated_where_the_family_says_so() -> None:
+    """A quarter, unless the file says otherwise, at the top or with the other rope parameters."""
+    assert read_shape(huggingface(**HYBRID)).rotary_dim == 4
+    assert read_shape(huggingface(**HYBRID, partial_rotary_factor=0.5)).rotary_dim == 8
+    parameters = {"rope_theta": 1e7, "partial_rotary_factor": 0.75, "mrope_section": [1, 1, 1]}
+    shape = read_shape(huggingface(**HYBRID, rope_parameters=parameters))
+    assert (shape.rotary_dim, shape.rope) == (12, Rope(1e7))
+
+
+def test_of_a_model_that_sees_the_outer_flag_ties_the_head() -> None:
+    """And what its text part says of itself does not count."""
+    text = {key: value for key, value in {**CONFIG, **HYBRID}.items() if key != "model_type"}
+
+    def read(**config: Any) -> ModelShape:
+        whole = {"model_type": "qwen3_5", "text_config": text, **config}
+        return read_shape(Checkpoint("safetensors", Path("/m/dir"), "qwen3_5", {}, config=whole))
+
+    assert read(tie_word_embeddings=True).tied
+    text["tie_word_embeddings"] = True
+    with pytest.raises(LoadFailed, match="ties no embeddings"):
+        read(tie_word_embeddings=False)
+
+
+def test_sparse_files_of_gemma_mean_what_its_configuration_assumes() -> None:
+    text = {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    config = {"model_type": "gemma3", "text_config": text}
+    shape = read_shape(Checkpoint("safetensors", Path("/m/dir"), "gemma3", {}, config=config))
+    assert (shape.heads, shape.kv_heads, shape.head_dim, shape.vocab) == (8, 4, 256, 262208)
+    assert (shape.rope, shape.local_rope) == (Rope(1e6, factor=8.0), Rope(1e4))
+    assert (shape.query_scale, shape.tied, shape.kinds.count("full")) == (1 / 16, True, 5)
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "said"),
     [
@@ -143,6 +249,14 @@ def test_rope_is_read_in_the_old_and_the_new_style(changes: dict[str, Any]) -> N
         (huggingface(rope_scaling={"rope_type": "llama3"}), "lacks factor"),
         (huggingface(rope_scaling=3), "rope_scaling in config.json is 3, not an object"),
         (huggingface(partial_rotary_factor=0.5), "a part of the head"),
+        (huggingface(**{**HYBRID, "layer_types": ["conv"] * 4}), "the layer type 'conv'"),
+        (huggingface(**{**HYBRID, "layer_types": ["full_attention"]}), "one for each of 4 layers"),
+        (huggingface(**HYBRID, output_gate_type="sigmoid"), "the output gate 'sigmoid'"),
+        (huggingface(**{**HYBRID, "linear_num_value_heads": 3}), "3 value heads cannot share 2 key heads"),
+        (huggingface(**{**HYBRID, "linear_conv_kernel_dim": 0}), "delta kernel is 0"),
+        (huggingface(**{**EXPERTS, "num_experts_per_tok": 6}, model_type="qwen3_moe"), "6 of 5 experts"),
+        (huggingface(model_type="mistral", sliding_window=0), "a sliding window of 0"),
+        (huggingface(model_type="gemma3_text", use_bidirectional_attention=True), "bidirectional"),
         (huggingface(quantization_config={"quant_method": "awq"}), "the quantization 'awq'"),
         (huggingface(hidden_act="gelu"), "the activation 'gelu'"),
         (huggingface(hidden_size=...), "config.json lacks hidden_size"),

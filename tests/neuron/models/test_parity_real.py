@@ -218,14 +218,12 @@ def text(value: str) -> bytes:
     return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
-@pytest.fixture(scope="module", params=["smollm", pytest.param("qwen", marks=pytest.mark.long)])
-def parity(
-    request: pytest.FixtureRequest,
-    smollm2_path: Path,
-    qwen_coder_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Parity:
-    path = {"smollm": smollm2_path, "qwen": qwen_coder_path}[request.param]
+LARGER = [pytest.param(name, marks=pytest.mark.long) for name in ("qwen_coder", "gemma")]
+
+
+@pytest.fixture(scope="module", params=["smollm2", *LARGER])
+def parity(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Parity:
+    path = request.getfixturevalue(f"{request.param}_path")
     return Parity(path, tmp_path_factory.mktemp("slim") / "slim.gguf")
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from cortex.neuron.models.delta_sources import delta_sources
 from cortex.neuron.models.shape import DeltaShape
@@ -252,8 +253,7 @@ def run(layer: GatedDeltaNet, x: Tensor, state: State, *parts: tuple[int, int]) 
 
 
 class Tokens(NamedTuple):
-    queries: Tensor
-    keys: Tensor
+    queries_keys: Tensor
     values: Tensor
     beta: Tensor
     log_decay: Tensor
@@ -262,20 +262,18 @@ class Tokens(NamedTuple):
 def correlated(count: int, heads: Heads, width: int) -> Tokens:
     """Keys near to each other, long memories and strong updates: what is hard on the chunked form."""
     values = heads.keys * heads.groups
-    common = random(1, heads.keys, width, seed=5)
-    keys = torch.nn.functional.normalize(common + 0.3 * random(count, heads.keys, width, seed=6), dim=-1)
-    queries = torch.nn.functional.normalize(common + random(count, heads.keys, width, seed=7), dim=-1)
+    keys = random(1, heads.keys, width, seed=5) + 0.3 * random(count, heads.keys, width, seed=6)
+    queries = random(count, heads.keys, width, seed=7)
     beta = 0.5 + 0.5 * random(count, values, seed=8).sigmoid()
     decay = -0.02 * random(count, values, seed=9).abs()
-    return Tokens(queries, keys, random(count, values, width, seed=10), beta, decay)
+    return Tokens(torch.stack((queries, keys), 1), random(count, values, width, seed=10), beta, decay)
 
 
 def token_by_token(heads: Heads, tokens: Tokens, memory: Tensor) -> Tensor:
     slot = torch.zeros(1, dtype=torch.int64)
     found = []
     for at in range(tokens.values.shape[0]):
-        q, k, v, beta, decay = (part[at : at + 1] for part in tokens)
-        found.append(recur(heads, torch.stack((q, k), 1), v, beta, decay, memory, slot))
+        found.append(recur(heads, *(part[at : at + 1] for part in tokens), memory, slot))
     return torch.cat(found)
 
 
@@ -286,7 +284,7 @@ def by_definition(heads: Heads, tokens: Tokens, state: Tensor) -> Tensor:
         key_head = head % heads.keys if heads.tiled else head // heads.groups
         memory = state[head].double()
         for at in range(tokens.values.shape[0]):
-            key, query = tokens.keys[at, key_head].double(), tokens.queries[at, key_head].double()
+            query, key = (x / (x @ x + 1e-6).sqrt() for x in tokens.queries_keys[at, :, key_head].double())
             memory = memory * tokens.log_decay[at, head].double().exp()
             change = tokens.beta[at, head].double() * (tokens.values[at, head].double() - key @ memory)
             memory = memory + torch.outer(key, change)
@@ -326,6 +324,34 @@ def test_extreme_gates_are_no_trouble(decay: float, beta: float) -> None:
     assert found.isfinite().all()
     assert apart(found, expected) < 1e-4
     assert apart(chunked, recurrent[0]) < 1e-4
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_damaged_numbers_show(part: int) -> None:
+    heads = Heads(2, 2, False)
+    tokens = correlated(70, heads, 16)
+    tokens[part][3] = float("nan")
+    assert scan(heads, *tokens, torch.zeros(4, 16, 16))[3].isnan().all()
+    assert token_by_token(heads, tokens, torch.zeros(1, 4, 16, 16))[3].isnan().all()
+
+
+def test_forgotten_numbers_are_zero_before_they_slow_the_products_down() -> None:
+    """Decays of all strengths, and no number that CPUs cannot compute with at speed."""
+    heads = Heads(2, 2, False)
+    decay = torch.linspace(-30, -0.1, 256).view(64, 4)
+    state, products = torch.zeros(4, 16, 16), []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function: Any, kinds: Any, given: Any = (), named: Any = None) -> Any:
+            if function in (torch.bmm, torch.baddbmm, torch.Tensor.baddbmm_):
+                products.extend(x.clone() for x in given)
+            return function(*given, **(named or {}))
+
+    with Watch():
+        scan(heads, *correlated(64, heads, 16)._replace(log_decay=decay), state)
+    assert len(products) == 10
+    tiny = torch.finfo(torch.float32).tiny
+    assert not any(((x != 0) & (x.abs() < tiny)).any() for x in products)
 
 
 # --- the layer ------------------------------------------------------------------------------------

@@ -146,6 +146,14 @@ def test_tokens_with_their_own_space_decode_as_tokenizers_decodes_them(
     check()
 
 
+def test_added_runs_of_marks_are_runs_of_spaces(spaced_vocabulary: dict[str, int]) -> None:
+    """As in Gemma's tokenizer.json."""
+    tokenizer = spaced(spaced_vocabulary, *SPACED)
+    tokenizer.add_tokens(["▁▁▁", "<tool>"])
+    ids = [tokenizer.token_to_id(token) for token in ("▁▁▁", "<tool>", "▁▁▁")]
+    assert "".join(run(tokenizer, [ids])) == tokenizer.decode(ids) == "   <tool>   "
+
+
 def in_bytes(character: str) -> list[int]:
     return [8 + byte for byte in character.encode("utf-8", "replace")]
 

@@ -8,8 +8,8 @@ one unused for longest going first. Knows no tensors: a place is a number, and c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 Tokens = tuple[int, ...]
 
@@ -25,8 +25,8 @@ class Block:
         self.tokens: Tokens | None = None
         self.parent: Block | None = None
         self.children: dict[Tokens, Block] = {}
-        self.state: Any = None
-        """For models with recurrent layers: their state after this block, which goes when the block goes."""
+        self.state: int | None = None
+        """Where the state of recurrent layers after this block's last token is kept, if it is."""
 
 
 class Match(NamedTuple):
@@ -44,9 +44,13 @@ NOTHING = Match([], None, 0)
 
 
 class BlockPool:
-    """`blocks` blocks of `size` tokens. Not caching, it forgets a block as soon as nobody holds it."""
+    """`blocks` blocks of `size` tokens. Not caching, it forgets a block as soon as nobody holds it.
+
+    `on_forget` is called with a block of the tree just before it is forgotten.
+    """
 
     def __init__(self, blocks: int, size: int, *, caching: bool = True) -> None:
+        self.on_forget: Callable[[Block], None] | None = None
         self.blocks = blocks
         self.size = size
         self.caching = caching
@@ -166,9 +170,11 @@ class BlockPool:
     def _forget(self, block: Block) -> None:
         if block.children or block.parent is None or block.tokens is None:
             raise AssertionError("an idle block has nothing below it in the tree")
+        if self.on_forget is not None:
+            self.on_forget(block)
         del self._idle[block]
         del block.parent.children[block.tokens]
-        block.tokens = block.parent = block.state = None
+        block.tokens = block.parent = None
         self._vacate(block)
 
     def _occupy(self, place: int) -> Block:

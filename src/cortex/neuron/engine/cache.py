@@ -33,7 +33,7 @@ class RunCache:
         *,
         near: Collection[int] = (),
     ) -> None:
-        self._stored = _reserved((layers, rows, 2, kv_heads, width), device)
+        self._stored = reserved((layers, rows, 2, kv_heads, width), device)
         self.nbytes = self._stored.nbytes
         self.layers = [LayerRuns(layer, index in near) for index, layer in enumerate(self._stored.unbind())]
 
@@ -43,7 +43,7 @@ class RunCache:
             self._stored.narrow(1, target, count).copy_(self._stored.narrow(1, source, count))
 
 
-def _reserved(shape: tuple[int, ...], device: torch.device) -> Tensor:
+def reserved(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """fp32 that takes no memory of the host before it is written to, and then a small page at a time: in huge
     pages a new row would stop the step until megabytes of every layer are cleared.
     """

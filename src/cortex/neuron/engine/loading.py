@@ -30,6 +30,8 @@ PROGRESS_INTERVAL: Final = 0.1
 BLOCK: Final = 16
 """Tokens of a cache block: few, so that little of a turn is computed again."""
 
+INT4_CAPABILITY: Final = (8, 0)
+
 _log: Final = logging.getLogger("cortex.neuron.worker")
 
 
@@ -104,11 +106,23 @@ def _placement(order: Load) -> Placement:
         raise LoadFailed(f"The dtype {order.dtype!r} is unknown; known are {', '.join(get_args(Dtype))}.")
     device = torch.device("cpu" if order.device == "cpu" else "cuda")
     placement = Placement(device, cast(Dtype, order.dtype), Share(order.rank, order.world))
-    if order.dtype == "int8" and not placement.packed:
-        raise LoadFailed("The form int8 exists on CPUs only so far; leave quant out.")
+    if order.dtype == "int4":
+        _check_int4(device)
     if placement.packed and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise LoadFailed(f"{order.dtype} needs FBGEMM, which this build of torch lacks; use dtype float32.")
     return placement
+
+
+def _check_int4(device: torch.device) -> None:
+    """torch multiplies by 4 bits on the tensor cores of Ampere and later."""
+    if device.type == "cpu":
+        raise LoadFailed("The form int4 exists on CUDA devices only; use int8, or leave quant out.")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < INT4_CAPABILITY:
+        has, needs = (".".join(map(str, version)) for version in (capability, INT4_CAPABILITY))
+        raise LoadFailed(
+            f"The form int4 needs a device of compute capability {needs}; this one has {has}. Use int8."
+        )
 
 
 def _reporter(channel: Channel) -> Callable[[int, int], None]:

@@ -26,7 +26,7 @@ class Load(_Message, frozen=True, kw_only=True, tag="load"):
 
     path: str
     dtype: str
-    """The form of the weights: `packed16`, `int8` or `float32`."""
+    """The form of the weights: `packed16`, `int8`, `int4` or `float32`."""
     device: str
     """`cpu`, or a CUDA device's uuid."""
     context: int

@@ -14,6 +14,7 @@ from torch import Tensor
 from cortex.neuron.engine.cache import RunCache
 from cortex.neuron.engine.graphs import DecodeGraphs
 from cortex.neuron.engine.paged import PAGE, PagedCache
+from cortex.neuron.engine.states import StatePool
 from cortex.neuron.models import registry
 from cortex.neuron.models.division import indivisible
 from cortex.neuron.models.reading import read_shape
@@ -48,6 +49,7 @@ class Runner:
         placement: Placement,
         weight_bytes: int,
         graphs: DecodeGraphs | None = None,
+        states: StatePool | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -58,18 +60,26 @@ class Runner:
         self.weight_bytes = weight_bytes
         self.most_threads: int | None = None
         """More CPU threads than this do not make a step faster, if that is known."""
-        self.cache_bytes = cache.nbytes
+        self._states = states
+        self.cache_bytes = cache.nbytes + (states.nbytes if states is not None else 0)
+        keys, slots = iter(cache.layers), iter(states.layers if states is not None else [])
+        self._layers = [
+            next(slots) if shape.kind(index) == "delta" else next(keys) for index in range(shape.layers)
+        ]
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
         """fp32 [wanted, vocab] on the device; the cache then holds the plan's tokens."""
         if plan.copies:
             self._cache.copy(plan.copies)
+        if self._states is not None:
+            self._states.copy(plan.states)
+            self._states.begin(plan.segments)
         captured = None if self._graphs is None else self._graphs.logits(plan)
         if captured is not None:
             return captured
         step = prepare(plan, self.device, self._page, self.shape.window)
-        return self._model(step, self._cache.layers)
+        return self._model(step, self._layers)
 
 
 def load_runner(
@@ -80,8 +90,11 @@ def load_runner(
     report: Report,
     threads: int = 1,
     cuda: CudaOptions = PLAIN,
+    working: int = 1,
+    kept: int = 0,
 ) -> Runner:
-    """Load a rank's share of the checkpoint at `path`, with a cache of so many tokens.
+    """Load a rank's share of the checkpoint at `path`, with a cache of so many tokens and, where the model
+    has recurrent layers, slots for `working` sequences and `kept` checkpoints.
 
     Raises LoadFailed; what `report` raises passes through.
     """
@@ -95,20 +108,26 @@ def load_runner(
         sources = family.sources(shape, checkpoint.kind, placement.share)
         load(model, sources, checkpoint, report, threads=threads)
     weight_bytes = sum(getattr(module, "nbytes", 0) for module in model.modules())
-    kv_heads = placement.share.divide(shape.kv_heads)
     causal = cast(CausalModel, model)
-    sizes = (kv_heads, shape.head_dim, placement.device)
-    near = [index for index in range(shape.layers) if shape.kind(index) == "sliding"]
+    device, share = placement.device, placement.share
+    layers = shape.attention_layers
+    sizes = (share.divide(shape.kv_heads), shape.head_dim, device)
+    near = [at for at, index in enumerate(layers) if shape.kind(index) == "sliding"]
+    states = None
+    if shape.delta is not None:
+        states = StatePool(shape.delta, len(shape.delta_layers), working, kept, device, share)
     if not (cuda.paged or cuda.graphs):
-        runs = RunCache(shape.layers, cache_rows, *sizes, near=near)
-        return Runner(causal, shape, runs, placement, weight_bytes)
+        runs = RunCache(len(layers), cache_rows, *sizes, near=near)
+        return Runner(causal, shape, runs, placement, weight_bytes, states=states)
     # The last page is for padding.
-    cache = PagedCache(shape.layers, cache_rows + PAGE, *sizes, near=near, window=shape.window)
+    cache = PagedCache(len(layers), cache_rows + PAGE, *sizes, near=near, window=shape.window)
+    if not cuda.graphs or states is not None:  # a graph would have to find the slots of states anew
+        return Runner(causal, shape, cache, placement, weight_bytes, states=states)
     graphs = DecodeGraphs(
         lambda step: causal(step, cache.layers),
         pages=-(-min(shape.max_position, cache_rows) // PAGE),
         page=PAGE,
         spare=cache_rows,
-        device=placement.device,
+        device=device,
     )
-    return Runner(causal, shape, cache, placement, weight_bytes, graphs if cuda.graphs else None)
+    return Runner(causal, shape, cache, placement, weight_bytes, graphs)

@@ -13,10 +13,11 @@ from typing import Final, NamedTuple
 
 from cortex.hookspecs import TokenLogprobs
 from cortex.neuron.engine.blocks import BlockPool, Match, breaks
+from cortex.neuron.engine.checkpoints import StateBooks
 from cortex.neuron.engine.messages import Generate, Output
 from cortex.neuron.engine.pace import Pace
-from cortex.neuron.engine.sequence import Sequence
-from cortex.neuron.nn.plan import Copy, Segment, StepPlan, parts
+from cortex.neuron.engine.sequence import Sequence, fault
+from cortex.neuron.nn.plan import NO_SLOT, Copy, Segment, StepPlan, parts
 
 AHEAD: Final = 256
 """Tokens of its reserve for which a sequence gets blocks at once, so that they lie together. The rest is only
@@ -65,11 +66,16 @@ class Scheduler:
         clock: Callable[[], float],
         max_running: int = 8,
         max_wait_s: float | None = None,
+        states: StateBooks | None = None,
     ) -> None:
-        """Raises ValueError if the pool cannot hold one context."""
+        """`states` has a slot for each that may run, for models with recurrent layers. Raises ValueError if
+        the pool cannot hold one context.
+        """
         if pool.blocks < pool.count_for(context):
             raise ValueError(f"{pool.blocks} blocks of {pool.size} tokens cannot hold {context} tokens")
         self.pool = pool
+        self.states = states or StateBooks()
+        pool.on_forget = self.states.forget
         self.pace = Pace(prefill_chunk)
         self.counts = Counts()
         self._context = context
@@ -101,9 +107,9 @@ class Scheduler:
 
     def add(self, order: Generate) -> Output | None:
         """Queue a sequence; an output if it cannot be run, which says why."""
-        fault = self._fault(order)
-        if fault:
-            return Output(key=order.key, ids=[], error=fault)
+        reason = fault(order, self._context, self._vocab)
+        if reason:
+            return Output(key=order.key, ids=[], error=reason)
         self._waiting.append(Sequence(order, self._clock()))
         return None
 
@@ -132,26 +138,30 @@ class Scheduler:
         """The next step, or None if there is nothing to do."""
         self._admit()
         self._make_room()
+        if not self._running:
+            return None
         now = self._clock()
         decoding = [sequence for sequence in self._running if sequence.in_decode]
-        scheduled = Scheduled(StepPlan([], [], [], self._copies), [], [], len(decoding))
+        plan = StepPlan([], [], [], self._copies, self.states.take_copies())
+        scheduled = Scheduled(plan, [], [], len(decoding))
         self._copies = []
         for sequence in decoding:
             self._plan(scheduled, sequence, 1, now)
         budget = self.pace.budget(len(decoding))
         for sequence in self._running:
             if not sequence.in_decode and budget > 0:
-                length = min(sequence.missing, budget)
+                length = min(sequence.missing, budget, sequence.to_next_mark)
                 budget -= length
                 self._plan(scheduled, sequence, length, now)
-        return scheduled if scheduled.sequences else None
+        return scheduled
 
     def _plan(self, scheduled: Scheduled, sequence: Sequence, length: int, now: float) -> None:
         plan = scheduled.plan
         sequence.start(now)
         start, end = sequence.cached, sequence.cached + length
         plan.ids.extend(sequence.tokens[start:end])
-        plan.segments.append(Segment(start, length, parts(sequence.runs(self.pool.size), 0, end)))
+        runs = parts(sequence.runs(self.pool.size), 0, end)
+        plan.segments.append(Segment(start, length, runs, sequence.slot))
         scheduled.sequences.append(sequence)
         if length == sequence.missing:
             plan.wanted.append(len(plan.ids) - 1)
@@ -162,6 +172,10 @@ class Scheduler:
         for sequence, segment in zip(scheduled.sequences, scheduled.plan.segments, strict=True):
             sequence.cached = segment.end
             self._learn(sequence)
+            if sequence.marks and sequence.marks[0] == sequence.cached:
+                sequence.marks.pop(0)
+                if self.pool.caching:
+                    self.states.keep(sequence.slot, sequence.blocks[sequence.known - 1])
         now = self._clock()
         return [
             self._accept(sequence, token, now)
@@ -174,7 +188,7 @@ class Scheduler:
         Nobody knows what of its copies and writes has happened, so the others are computed anew.
         """
         for sequence in scheduled.sequences:
-            self._release(sequence)
+            self._release(sequence, keep_state=False)
         for sequence in reversed(self._running.copy()):
             self._preempt(sequence)
         self.pool.forget_idle()
@@ -197,7 +211,7 @@ class Scheduler:
         held_back: list[Sequence] = []
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting.popleft()
-            match = self.pool.match(sequence.tokens)
+            match = self.states.usable(self.pool.match(sequence.tokens))
             if self._is_coming(sequence, match):
                 held_back.append(sequence)
             elif not self._begin(sequence, match):
@@ -210,10 +224,13 @@ class Scheduler:
         if not self.pool.caching:
             return False
         size = self.pool.size
+        known = match.tokens(size)
         for other in self._running:
             if other.missing > 1:
                 # The end of the block that the other one computes now, and of one that is news to us.
-                end = max(match.tokens(size) + size, (other.cached // size + 1) * size)
+                end = max(known + size, (other.cached // size + 1) * size)
+                if self.states.active:  # which is of use only where a state is kept too
+                    end = next((mark for mark in other.marks if mark > known), self._context)
                 shorter = min(len(other.tokens), len(sequence.tokens))
                 if end < shorter and other.tokens[:end] == sequence.tokens[:end]:
                     return True
@@ -223,14 +240,14 @@ class Scheduler:
         """Hold what is known of the prompt, and take blocks for the rest. False if there is no room."""
         pool = self.pool
         total = self._reserved_blocks(sequence)
-        chain, partial = match.chain, match.partial
-        room = pool.available - sum(other.promised for other in self._running)
-        room -= total - len(chain) + pool.idle_in(chain)
+        room = self._room(total, match)
+        if match.partial is not None and room < pool.idle_in([match.partial]):
+            match = self.states.usable(Match(match.chain, None, 0))
+            room = self._room(total, match)
         if room < 0:
             return False
+        chain, partial = match.chain, match.partial
         pool.hold(chain)
-        if partial is not None and room < pool.idle_in([partial]):
-            partial = None
         if partial is not None:
             pool.hold([partial])  # so that taking blocks does not forget it before it is copied
         wanted = min(total, pool.count_for(len(sequence.tokens) + AHEAD))
@@ -246,12 +263,21 @@ class Scheduler:
             self._copies.append(Copy(partial.place * pool.size, target, match.shared))
             sequence.cached += match.shared
             pool.release([partial])
+        if self.states.active:
+            prompt = sequence.tokens[: sequence.prompt_length]
+            sequence.slot = self.states.begin(match)
+            sequence.marks = self.states.marks(prompt, sequence.sampling.stop_ids, sequence.cached)
         if not sequence.has_started:
             sequence.hit = sequence.cached
             self.counts.queried += sequence.prompt_length
             self.counts.hit += sequence.cached
         self._running.append(sequence)
         return True
+
+    def _room(self, total: int, match: Match) -> int:
+        """Blocks left over if a sequence holds what is known of it, and so many in all."""
+        promised = sum(other.promised for other in self._running)
+        return self.pool.available - promised - total + len(match.chain) - self.pool.idle_in(match.chain)
 
     def _reserved_blocks(self, sequence: Sequence) -> int:
         """Blocks that a sequence must be sure of before it starts."""
@@ -317,7 +343,7 @@ class Scheduler:
         sequence.cached = sequence.known = sequence.promised = 0
         self._waiting.appendleft(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, *, keep_state: bool = True) -> None:
         """Give its blocks back; what it has computed of a block's beginning stays known too."""
         self._running.remove(sequence)
         pool = self.pool
@@ -326,6 +352,10 @@ class Scheduler:
             tokens = tuple(sequence.tokens[sequence.known * pool.size : sequence.cached])
             parent = sequence.blocks[sequence.known - 1] if sequence.known else None
             sequence.blocks[sequence.known] = pool.learn(sequence.blocks[sequence.known], parent, tokens)
+        if pool.caching and sequence.cached and keep_state:
+            self.states.keep(sequence.slot, sequence.blocks[pool.count_for(sequence.cached) - 1])
+        self.states.end(sequence.slot)
+        sequence.slot, sequence.marks = NO_SLOT, []
         pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.promised = 0
@@ -367,14 +397,3 @@ class Scheduler:
             cached_tokens=hit,
             logprobs=found,
         )
-
-    def _fault(self, order: Generate) -> str | None:
-        if not order.ids:
-            return "The prompt is empty; at least one token is needed."
-        if len(order.ids) >= self._context:
-            return f"The prompt has {len(order.ids)} tokens; the context of {self._context} leaves no room."
-        if min(order.ids) < 0 or max(order.ids) >= self._vocab:
-            return f"The prompt holds ids outside the model's {self._vocab} tokens."
-        if order.sampling.max_tokens < 1:
-            return f"max_tokens is {order.sampling.max_tokens}; at least 1 is needed."
-        return None

@@ -11,7 +11,7 @@ from array import array
 from cortex.hookspecs import EngineTimings, Sampling
 from cortex.neuron.engine.blocks import Block
 from cortex.neuron.engine.messages import Generate
-from cortex.neuron.nn.plan import Run
+from cortex.neuron.nn.plan import NO_SLOT, Run
 
 
 class Tally:
@@ -53,6 +53,10 @@ class Sequence:
         """Blocks that it was sure of when it started."""
         self.hit: int | None = None
         """Prompt tokens that the prefix cache had, until an output has told it."""
+        self.slot = NO_SLOT
+        """Where recurrent layers have its state, while it runs."""
+        self.marks: list[int] = []
+        """Counts of tokens, beyond those that are cached, after which its state is to be kept."""
         self.arrived = arrived
         self.prompt_length = len(order.ids)
         self.tally = Tally(self.tokens) if order.sampling.penalises else None
@@ -65,6 +69,11 @@ class Sequence:
     def missing(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 in decode."""
         return len(self.tokens) - self.cached
+
+    @property
+    def to_next_mark(self) -> int:
+        """Tokens that may be computed at once."""
+        return self.marks[0] - self.cached if self.marks else self.missing
 
     @property
     def generated(self) -> int:
@@ -121,3 +130,16 @@ class Sequence:
             prefill_ms=(first - started) * 1e3,
             decode_ms=(now - first) * 1e3,
         )
+
+
+def fault(order: Generate, context: int, vocab: int) -> str | None:
+    """Why a sequence cannot be run with so many tokens of context and in the vocabulary, if it cannot."""
+    if not order.ids:
+        return "The prompt is empty; at least one token is needed."
+    if len(order.ids) >= context:
+        return f"The prompt has {len(order.ids)} tokens; the context of {context} leaves no room."
+    if min(order.ids) < 0 or max(order.ids) >= vocab:
+        return f"The prompt holds ids outside the model's {vocab} tokens."
+    if order.sampling.max_tokens < 1:
+        return f"max_tokens is {order.sampling.max_tokens}; at least 1 is needed."
+    return None

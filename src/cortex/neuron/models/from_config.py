@@ -42,7 +42,7 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "qwen3_next": {"head_dim": 256, "partial_rotary_factor": 0.25, "norm_topk_prob": True},
     "qwen3_5": {"head_dim": 256, "partial_rotary_factor": 0.25},
-    "qwen3_5_moe": {"head_dim": 256, "partial_rotary_factor": 0.25, "norm_topk_prob": True},
+    "qwen3_5_moe": {"head_dim": 256, "partial_rotary_factor": 0.25},
 }
 """By family, what a file may leave out."""
 
@@ -252,7 +252,7 @@ def _experts(
         count=count,
         active=fields.integer("num_experts_per_tok"),
         intermediate=fields.integer("moe_intermediate_size"),
-        normalised=fields.flag("norm_topk_prob"),
+        normalised=family == "qwen3_5_moe" or fields.flag("norm_topk_prob"),
         shared_intermediate=0 if family == "qwen3_moe" else fields.integer("shared_expert_intermediate_size"),
         stored="fused" if fused else "each",
     )

@@ -39,7 +39,7 @@ def shape_from_gguf(checkpoint: Checkpoint) -> ModelShape:
         raise LoadFailed(f"{checkpoint.path} lacks tensor token_embd.weight.")
     # The blocks for predicting further tokens come last and are no part of the model.
     layers = fields.integer("block_count") - fields.integer("nextn_predict_layers", 0)
-    experts, dense_layers = _experts(fields, family, layers, checkpoint)
+    experts = _experts(fields, family, checkpoint)
     rotary = fields.integer("rope.dimension_count", width)
     if rotary != width and family not in _HYBRID:
         raise fields.refuse("a rotary embedding of a part of the head")
@@ -75,7 +75,6 @@ def shape_from_gguf(checkpoint: Checkpoint) -> ModelShape:
         logit_cap=fields.number("final_logit_softcapping") if "final_logit_softcapping" in fields else None,
         delta=_delta(fields, family) if "delta" in kinds else None,
         experts=experts,
-        dense_layers=dense_layers,
     )
 
 
@@ -131,26 +130,20 @@ def _delta(fields: Fields, family: str) -> DeltaShape:
     )
 
 
-def _experts(
-    fields: Fields, family: str, layers: int, checkpoint: Checkpoint
-) -> tuple[ExpertsShape | None, tuple[int, ...]]:
-    """And the layers that have none all the same."""
+def _experts(fields: Fields, family: str, checkpoint: Checkpoint) -> ExpertsShape | None:
     count = fields.integer("expert_count", 0)
     if not count:
-        return None, ()
+        return None
     if family not in _WITH_EXPERTS:
         raise fields.refuse("a mixture of experts")
     tensors = checkpoint.tensors
-    dense = tuple(index for index in range(layers) if f"blk.{index}.ffn_gate_inp.weight" not in tensors)
     gates = [tensor for name, tensor in tensors.items() if name.endswith(".ffn_gate_inp_shexp.weight")]
-    has_shared = bool(gates)
-    shape = ExpertsShape(
+    return ExpertsShape(
         count=count,
         active=fields.integer("expert_used_count"),
         intermediate=fields.integer("expert_feed_forward_length"),
         normalised=fields.flag("expert_weights_norm", True),
-        shared_intermediate=fields.integer("expert_shared_feed_forward_length") if has_shared else 0,
+        shared_intermediate=fields.integer("expert_shared_feed_forward_length") if gates else 0,
         stored="fused" if any(".ffn_gate_up_exps." in name for name in tensors) else "stacked",
-        flat_gate=has_shared and len(gates[0].shape) == 1,
+        flat_gate=bool(gates) and len(gates[0].shape) == 1,
     )
-    return shape, dense

@@ -8,7 +8,7 @@ from __future__ import annotations
 from cortex.neuron.models.from_config import shape_from_config
 from cortex.neuron.models.from_gguf import shape_from_gguf
 from cortex.neuron.models.registry import FAMILIES
-from cortex.neuron.models.shape import ModelShape
+from cortex.neuron.models.shape import DeltaShape, ModelShape
 from cortex.neuron.weights.checkpoint import Checkpoint
 from cortex.neuron.weights.layout import READABLE
 from cortex.wire.errors import LoadFailed
@@ -38,9 +38,29 @@ def _check(shape: ModelShape, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: of a head width of {shape.head_dim}, {shape.rotary} "
             "cannot be rotated in pairs."
         )
+    if shape.delta is not None:
+        _check_delta(shape.delta, checkpoint)
+    experts = shape.experts
+    if experts is not None and not (0 < experts.active <= experts.count and experts.intermediate > 0):
+        raise LoadFailed(
+            f"{checkpoint.path}: {experts.active} of {experts.count} experts of {experts.intermediate} "
+            "elements cannot be active."
+        )
     for tensor in checkpoint.tensors.values():
         if tensor.name.endswith(".weight") and tensor.dtype not in READABLE:
             raise LoadFailed(
                 f"{tensor.file}: tensor {tensor.name} is stored as {tensor.dtype}; "
                 f"{', '.join(READABLE)} can be read."
             )
+
+
+def _check_delta(sizes: DeltaShape, checkpoint: Checkpoint) -> None:
+    for name in ("key_heads", "value_heads", "key_width", "value_width", "kernel"):
+        if getattr(sizes, name) < 1:
+            raise LoadFailed(
+                f"{checkpoint.path}: the delta {name} is {getattr(sizes, name)}; it must be at least 1."
+            )
+    if sizes.value_heads % sizes.key_heads:
+        raise LoadFailed(
+            f"{checkpoint.path}: {sizes.value_heads} value heads cannot share {sizes.key_heads} key heads."
+        )

@@ -127,6 +127,8 @@ class GatedDeltaNet(nn.Module):
         beta, log_decay = self.gates(x)
         if states.in_order and states.rows is not None and not states.spans:
             found = self._rows(mixed, beta, log_decay, state, states.slots)
+        elif states.rows is None and len(states.spans) == 1:
+            found = self._span(mixed, beta, log_decay, state, states.spans[0].slot)
         else:
             found = x.new_empty(x.shape[0], self._value_heads, self._value_width)
             if states.rows is not None:
@@ -150,16 +152,16 @@ class GatedDeltaNet(nn.Module):
 
     def _span(self, mixed: Tensor, beta: Tensor, log_decay: Tensor, state: LayerState, slot: int) -> Tensor:
         queries_keys, values = self._split(self.conv.span(mixed, state.conv.select(0, slot)))
-        queries, keys = queries_keys.unbind(1)
-        return scan(self._heads, queries, keys, values, beta, log_decay, state.memory.select(0, slot))
+        return scan(self._heads, queries_keys, values, beta, log_decay, state.memory.select(0, slot))
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, channels] -> [T, 2, key_heads, key_width] of length 1, and [T, value_heads, value_width]."""
+        """[T, channels] -> [T, 2, key_heads, key_width] and [T, value_heads, value_width]."""
+        rows = mixed.shape[0]
         queries_keys, values = torch.split(mixed, [2 * self._keys, self._values], 1)
-        queries_keys = torch.unflatten(queries_keys, 1, (2, self._key_heads, self._key_width))
-        squares = torch.linalg.vecdot(queries_keys, queries_keys)
-        queries_keys = queries_keys * squares.add_(1e-6).rsqrt_().unsqueeze(-1)
-        return queries_keys, torch.unflatten(values, 1, (self._value_heads, self._value_width))
+        return (
+            queries_keys.view(rows, 2, self._key_heads, self._key_width),
+            values.view(rows, self._value_heads, self._value_width),
+        )
 
 
 class OutputLinear(Linear):

@@ -1,4 +1,4 @@
-"""A linear layer: plain on the device, or packed for the CPU. Knows nothing of what it projects."""
+"""A linear layer: plain, packed for the CPU or quantised for the device. Knows not what it projects."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from cortex.neuron.nn.matrix import Matrix, pack
 from cortex.neuron.nn.placement import Placement, empty, placed
+from cortex.neuron.nn.quant import quantise
 
 
 class Linear(nn.Module):
@@ -18,7 +19,7 @@ class Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int, placement: Placement, *, bias: bool = False) -> None:
         super().__init__()
         self._placement = placement
-        kept = torch.float32 if placement.packed else placement.table
+        kept = torch.float32 if placement.packed or placement.quantised else placement.table
         self.weight: nn.Parameter | None = empty(outputs, inputs, dtype=kept)
         self.bias: nn.Parameter | None = empty(outputs) if bias else None
         self.matrix: Matrix | None = None
@@ -26,17 +27,21 @@ class Linear(nn.Module):
         """Bytes of the filled layer."""
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes `weight` and, with a bias, `bias` from the host; fp32 where they are to be packed."""
+        """Takes `weight` and, with a bias, `bias` from the host; fp32 where they change their form."""
         weight, bias = tensors["weight"], tensors.get("bias")
+        placement = self._placement
         self.nbytes = 0 if bias is None else bias.nbytes
-        if self._placement.packed:
-            matrix = pack(weight, bias, self._placement.dtype)
+        if placement.packed or placement.quantised:
+            if placement.packed:
+                matrix = pack(weight, bias, placement.dtype)
+            else:
+                matrix = quantise(weight, bias, placement.dtype, placement.device)
             self.nbytes += matrix.nbytes
             self.matrix = matrix
             self.weight = self.bias = None
             return
-        self.weight = placed(weight, self._placement)
-        self.bias = None if bias is None else placed(bias, self._placement)
+        self.weight = placed(weight, placement)
+        self.bias = None if bias is None else placed(bias, placement)
         self.nbytes += weight.nbytes
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """How much memory packed matrices take. Knows no torch, so that loads can be planned with it.
 
 Sources: PackedGemmMatrixB in FBGEMM's FbgemmPackMatrixB.h (blocks of 512 inputs by 16 outputs, all of them
-whole and in memory); oneDNN's blocked int8 layouts, of 64 inputs by up to 64 outputs.
+whole and in memory); oneDNN's blocked int8 layouts, of 64 inputs by up to 64 outputs; torch's int4mm.cu.
 """
 
 from __future__ import annotations
@@ -11,24 +11,36 @@ from typing import Final
 BLOCK_INPUTS: Final = 512
 BLOCK_OUTPUTS: Final = 16
 TILE: Final = 64
+INT4_INPUTS: Final = 32
+INT4_OUTPUTS: Final = 8
+GROUP: Final = 64
+"""Inputs that share a scale in 4 bits; INT4_INPUTS where it does not divide them."""
 
 
 def packed_bytes(inputs: int, outputs: int) -> int:
     """Bytes of one fp16 weight [outputs, inputs]; a width that is no multiple of 512 costs up to it."""
-    return 2 * _up(inputs, BLOCK_INPUTS) * _up(outputs, BLOCK_OUTPUTS)
+    return 2 * round_up(inputs, BLOCK_INPUTS) * round_up(outputs, BLOCK_OUTPUTS)
 
 
 def integer_bytes(inputs: int, outputs: int, planes: int) -> int:
     """Bytes of one fixed-point weight [outputs, inputs] with its scales, zero points and sums."""
-    return planes * (_up(inputs, TILE) + 16) * _up(outputs, TILE)
+    return planes * (round_up(inputs, TILE) + 16) * round_up(outputs, TILE)
+
+
+def int4_bytes(inputs: int, outputs: int) -> int:
+    """Bytes of one weight [outputs, inputs] in 4 bits, with a scale and a zero point of 16 for each group."""
+    groups = inputs // (GROUP if inputs % GROUP == 0 else INT4_INPUTS)
+    return round_up(outputs, INT4_OUTPUTS) * (inputs // 2 + 4 * groups)
 
 
 def most_bytes(inputs: int, outputs: int, dtype: str) -> int:
-    """Bytes of a weight in the form that `dtype` means, whichever kernel the worker's CPU will take."""
-    if dtype == "int8":
+    """Bytes of a weight in the form that `dtype` means, whichever kernel the worker will take."""
+    if dtype == "int4" and inputs % INT4_INPUTS == 0:
+        return int4_bytes(inputs, outputs)
+    if dtype in ("int8", "int4"):
         return integer_bytes(inputs, outputs, 1)
     return max(packed_bytes(inputs, outputs), integer_bytes(inputs, outputs, 2))
 
 
-def _up(size: int, block: int) -> int:
+def round_up(size: int, block: int) -> int:
     return -(-size // block) * block

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Dtype = Literal["packed16", "int8", "float32"]
+Dtype = Literal["packed16", "int8", "int4", "float32"]
 
 
 class Share(NamedTuple):
@@ -36,8 +36,8 @@ class Share(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """`packed16` and `int8` keep matrices in 16 and 8 bits and everything else in fp32; `float32` keeps and
-    computes fp32.
+    """`packed16`, `int8` and `int4` keep matrices in 16, 8 and 4 bits and everything else in fp32; `float32`
+    keeps and computes fp32. There is no `int4` on CPUs.
 
     CUDA is written for and unverified on hardware; `packed16` is plain fp16 there.
     """
@@ -55,6 +55,11 @@ class Placement(NamedTuple):
     def packed(self) -> bool:
         """Matrices of linear layers go into a kernel's own layout, which nothing else can read."""
         return self.dtype != "float32" and self.device.type == "cpu"
+
+    @property
+    def quantised(self) -> bool:
+        """Matrices of linear layers are quantised on their way to the device."""
+        return self.dtype in ("int8", "int4") and self.device.type != "cpu"
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:

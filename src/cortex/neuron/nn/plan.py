@@ -5,20 +5,25 @@ Plain numbers, made by the scheduler on rank 0 and small enough to send to the o
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
+NO_SLOT: Final = -1
 Run = tuple[int, int]
 """Consecutive rows of the cache: the first one, and how many."""
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive tokens of one sequence: the first one's position, how many, and where the cache has the
-    sequence's tokens, from its beginning to the end of this segment.
+    sequence's tokens, from its beginning to the end of this segment. `slot` is where recurrent layers have
+    its state, in models that have such layers.
     """
 
     start: int
     length: int
     runs: list[Run]
+    slot: int = NO_SLOT
 
     @property
     def end(self) -> int:
@@ -37,7 +42,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True):
-    """Rows of the cache to copy before anything is computed."""
+    """Rows of the cache, or slots with states, to copy before anything is computed."""
 
     source: int
     target: int
@@ -45,12 +50,15 @@ class Copy(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
-    """`ids` are all segments' tokens one after the other; `wanted` are the rows whose logits count."""
+    """`ids` are all segments' tokens one after the other; `wanted` are the rows whose logits count. `copies`
+    are of the cache, `states` of slots; a sequence whose first token is among the ids has no state yet.
+    """
 
     ids: list[int]
     segments: list[Segment]
     wanted: list[int]
     copies: list[Copy] = []
+    states: list[Copy] = []
 
     @property
     def positions(self) -> list[int]:

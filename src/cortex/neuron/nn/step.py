@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cortex.neuron.nn.plan import Run, Segment, StepPlan, parts
+from cortex.neuron.nn.plan import NO_SLOT, Run, Segment, StepPlan, parts
 
 
 class View(NamedTuple):
@@ -112,7 +112,29 @@ def prepare(plan: StepPlan, device: torch.device, page: int | None = None, windo
         slots[0] if slots == [*range(slots[0], slots[0] + len(slots))] and not page else None,
         _pages(plan, page, device) if page else None,
         _Looking(plan, device, window).looks() if shows else None,
+        _states(plan, device),
     )
+
+
+def _states(plan: StepPlan, device: torch.device) -> States | None:
+    if all(part.slot == NO_SLOT for part in plan.segments):
+        return None
+    rows: list[int] = []
+    slots: list[int] = []
+    spans: list[Span] = []
+    row = 0
+    for part in plan.segments:
+        if part.length == 1:
+            rows.append(row)
+            slots.append(part.slot)
+        else:
+            spans.append(Span(row, row + part.length, part.slot))
+        row += part.length
+    in_order = rows == [*range(len(rows))]
+    if not rows:
+        return States(None, None, in_order, tuple(spans))
+    of_rows, of_slots = (torch.tensor(numbers, device=device) for numbers in (rows, slots))
+    return States(of_rows, of_slots, in_order, tuple(spans))
 
 
 def _pages(plan: StepPlan, page: int, device: torch.device) -> Pages:

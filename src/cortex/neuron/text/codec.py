@@ -17,13 +17,8 @@ from tokenizers import Tokenizer
 from cortex.hookspecs import Detokenizer, SamplingDefaults
 from cortex.neuron.text.detokenize import IncrementalDetokenizer, TokenBytes
 from cortex.neuron.text.template import DEFAULT, ChatTemplate
-from cortex.neuron.text.tokenizer import (
-    kind_of,
-    special_tokens,
-    tokenizer_from_file,
-    tokenizer_from_gguf,
-    vocabulary,
-)
+from cortex.neuron.text.tokenizer import adds_bos, special_tokens, tokenizer_from_file, tokenizer_from_gguf
+from cortex.neuron.text.vocabulary import vocabulary
 from cortex.wire.errors import BadRequest, LoadFailed
 
 END_TOKENS: Final = frozenset(
@@ -117,12 +112,11 @@ def codec_from_gguf(metadata: Mapping[str, Any], *, now: Callable[[], datetime] 
 
     texts = {name: tokens[id] for name, role in _ROLES.items() if (id := declared(role)) is not None}
     ends = {id for role in ("eos", "eot", "eom") if (id := declared(role)) is not None}
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind_of(metadata).add_bos)
     return TextCodec(
         tokenizer_from_gguf(metadata),
         ChatTemplate(_gguf_templates(metadata), special_tokens=texts, now=now),
         ends=frozenset(ends),
-        bos=declared("bos") if adds_bos else None,
+        bos=declared("bos") if adds_bos(metadata) else None,
         defaults=_defaults(metadata, "general.sampling.", temperature="temp", penalty="penalty_repeat"),
     )
 

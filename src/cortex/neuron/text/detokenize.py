@@ -57,9 +57,11 @@ class TokenBytes:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._token = tokenizer.id_to_token
         self._spell, self.leading_spaces = _spelling(tokenizer)
-        # Added tokens are matched as plain text, so plain text is what they stand for.
+        # Added tokens are matched as plain text, so plain text is what they stand for; but vocabularies that
+        # mark spaces may have runs of marks among them.
+        spell = str.encode if self._spell is byte_level else self._spell
         self._added = {
-            id: b"" if token.special else token.content.encode()
+            id: b"" if token.special else spell(token.content)
             for id, token in tokenizer.get_added_tokens_decoder().items()
         }
 

@@ -6,26 +6,16 @@ which tokens end a reply.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from enum import IntEnum
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from cortex.neuron.text.sentencepiece import MODEL, sentencepiece_from_gguf
+from cortex.neuron.text.vocabulary import TokenType, add_whole, of_type, strings, vocabulary
 from cortex.wire.errors import LoadFailed
-
-
-class TokenType(IntEnum):
-    """`tokenizer.ggml.token_type`, as ggml numbers it."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,12 +62,15 @@ KINDS: Final[Mapping[str, Kind]] = {
 
 
 def kind_of(metadata: Mapping[str, Any]) -> Kind:
-    """The vocabulary family of a GGUF file. Raises LoadFailed for one that is not supported."""
+    """The family of a GGUF file's byte-level vocabulary. Raises LoadFailed for one that is not supported."""
     model = metadata.get("tokenizer.ggml.model")
     if model is None:
         raise LoadFailed("The file holds no tokenizer (tokenizer.ggml.model is missing).")
     if model != "gpt2":
-        raise LoadFailed(f"The tokenizer model {model!r} (tokenizer.ggml.model) is not supported; 'gpt2' is.")
+        raise LoadFailed(
+            f"The tokenizer model {model!r} (tokenizer.ggml.model) is not supported; "
+            f"'gpt2' and {MODEL!r} are."
+        )
     name = metadata.get("tokenizer.ggml.pre", "default")
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
@@ -88,16 +81,25 @@ def kind_of(metadata: Mapping[str, Any]) -> Kind:
     return kind
 
 
+def adds_bos(metadata: Mapping[str, Any]) -> bool:
+    """Whether prompts begin with the BOS token. Raises LoadFailed for a vocabulary that is not supported."""
+    is_sentencepiece = metadata.get("tokenizer.ggml.model") == MODEL
+    assumed = is_sentencepiece or kind_of(metadata).add_bos
+    return bool(metadata.get("tokenizer.ggml.add_bos_token", assumed))
+
+
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """Rebuild the tokenizer of a GGUF file from its metadata (`tokenizer.ggml.*`).
 
     Control tokens become special added tokens, user-defined ones plain added tokens. Unused ids
     (padding of the embedding) stay outside the vocabulary. Raises LoadFailed.
     """
+    if metadata.get("tokenizer.ggml.model") == MODEL:
+        return sentencepiece_from_gguf(metadata)
     kind = kind_of(metadata)
     tokens, types = vocabulary(metadata)
-    merges = _strings(metadata, "tokenizer.ggml.merges")
-    unused = set(_of_type(types, TokenType.UNUSED))
+    merges = strings(metadata, "tokenizer.ggml.merges")
+    unused = set(of_type(types, TokenType.UNUSED))
     vocab = {token: id for id, token in enumerate(tokens) if id not in unused}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
@@ -112,8 +114,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(_added(tokens, types, TokenType.CONTROL))
-    tokenizer.add_tokens(_added(tokens, types, TokenType.USER_DEFINED))
+    add_whole(tokenizer, tokens, types)
     return tokenizer
 
 
@@ -132,37 +133,7 @@ def tokenizer_from_file(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def vocabulary(metadata: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[int]]:
-    """Tokens and their types (a TokenType each), by id. Raises LoadFailed if they do not fit together."""
-    tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    types = metadata.get("tokenizer.ggml.token_type")
-    if types is None:
-        types = [int(TokenType.NORMAL)] * len(tokens)
-    if len(types) != len(tokens):
-        raise LoadFailed(f"The vocabulary has {len(tokens)} tokens but {len(types)} token types.")
-    return tokens, types
-
-
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """Text and id of the special tokens."""
     added = tokenizer.get_added_tokens_decoder()
     return {token.content: id for id, token in added.items() if token.special}
-
-
-def _strings(metadata: Mapping[str, Any], key: str) -> Sequence[str]:
-    value = metadata.get(key)
-    if value is None or isinstance(value, str | bytes) or not all(isinstance(item, str) for item in value):
-        state = "missing" if value is None else "no list of texts"
-        raise LoadFailed(f"The file's tokenizer is incomplete: {key} is {state}.")
-    strings: Sequence[str] = value
-    return strings
-
-
-def _of_type(types: Sequence[int], wanted: TokenType) -> Iterator[int]:
-    return (id for id, type in enumerate(types) if type == wanted)
-
-
-def _added(tokens: Sequence[str], types: Sequence[int], wanted: TokenType) -> list[AddedToken]:
-    special = wanted is TokenType.CONTROL
-    texts = [tokens[id] for id in _of_type(types, wanted) if tokens[id]]
-    return [AddedToken(text, special=special, normalized=False) for text in texts]

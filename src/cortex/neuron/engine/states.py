@@ -1,0 +1,64 @@
+"""The states of recurrent layers: a slot for each running sequence, and host memory for checkpoints of them.
+
+Whoever plans the steps owns the slots. Knows no sequences and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cortex.neuron.engine.cache import reserved
+from cortex.neuron.models.shape import DeltaShape
+from cortex.neuron.nn.placement import Share
+from cortex.neuron.nn.plan import Copy, Segment
+
+HOST = torch.device("cpu")
+
+
+class LayerSlots(NamedTuple):
+    """One layer's states, a `LayerState`."""
+
+    conv: Tensor
+    memory: Tensor
+
+
+class StatePool:
+    """`working` slots on the device and, numbered on from them, `kept` ones on the host, of `layers` layers.
+
+    A rank has its share of the heads. Host memory is taken as slots are first written to.
+    """
+
+    def __init__(
+        self, sizes: DeltaShape, layers: int, working: int, kept: int, device: torch.device, share: Share
+    ) -> None:
+        conv = (share.divide(sizes.channels), sizes.kernel - 1)
+        memory = (share.divide(sizes.value_heads), sizes.key_width, sizes.value_width)
+        self._working = working
+        # Slots come first where they are copied, so that a checkpoint lies in one piece.
+        self._slots = [torch.zeros(layers, working, *size, device=device) for size in (conv, memory)]
+        self._kept = [reserved((kept, layers, *size), HOST) for size in (conv, memory)]
+        self.nbytes = sum(part.nbytes for part in (*self._slots, *self._kept))
+        self.layers = [LayerSlots(*parts) for parts in zip(*self._slots, strict=True)]
+
+    def copy(self, copies: Iterable[Copy]) -> None:
+        """States of every layer, one order after the other."""
+        for copy in copies:
+            for which in range(2):
+                self._at(which, copy.target).copy_(self._at(which, copy.source))
+
+    def begin(self, segments: Iterable[Segment]) -> None:
+        """Sequences whose first token is in the step have nothing behind them."""
+        for part in segments:
+            if not part.start:
+                for which in range(2):
+                    self._at(which, part.slot).zero_()
+
+    def _at(self, which: int, slot: int) -> Tensor:
+        """A slot's convolutions (0) or memories (1), [layers, ...]."""
+        if slot < self._working:
+            return self._slots[which].select(1, slot)
+        return self._kept[which].select(0, slot - self._working)

@@ -1,0 +1,113 @@
+"""Tokenizers of SentencePiece's kind against its algorithm, and Gemma's against transformers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from cortex.neuron.text.codec import codec_from_gguf
+from cortex.neuron.text.tokenizer import tokenizer_from_gguf
+from cortex.neuron.weights.gguf import read_header
+from cortex.wire.errors import LoadFailed
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<mask>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = [*"▁abcdé", "ab", "▁a", "bc", "abc", "▁ab", "cd", "▁abc", "dd", "▁▁", "bcd", "dddd"]
+"""The best first, but for the letters."""
+
+
+def metadata_of(**changes: Any) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "model": "llama",
+        "tokens": [*SPECIAL, "  ", *BYTES, *PIECES],
+        "token_type": [2, 3, 3, 4, 4, *[6] * 256, *[1] * len(PIECES)],
+        "scores": [0.0] * 5 + [0.0] * 256 + [-float(rank) for rank in range(len(PIECES))],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+        **changes,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in metadata.items() if value is not None}
+
+
+def by_the_algorithm(text: str) -> list[str]:
+    """SentencePiece's: of neighbours that make a piece, the best merge first, the leftmost of equals."""
+    symbols = list(text.replace(" ", "▁"))
+    while True:
+        joined = ["".join(pair) for pair in itertools.pairwise(symbols)]
+        known = [(PIECES.index(piece), at) for at, piece in enumerate(joined) if piece in PIECES]
+        if not known:
+            break
+        _, at = min(known)
+        symbols[at : at + 2] = [joined[at]]
+    return [
+        token
+        for symbol in symbols
+        for token in ([symbol] if symbol in PIECES else [f"<0x{byte:02X}>" for byte in symbol.encode()])
+    ]
+
+
+@given(st.text(alphabet="aabbccdd éx日"))
+def test_pieces_merge_by_their_scores(text: str) -> None:
+    """Without runs of spaces, which are matched whole."""
+    text = " ".join(text.split())
+    assert WITHOUT_PREFIX.encode(text).tokens == by_the_algorithm(text)
+    assert WITH_PREFIX.encode(text).tokens == (by_the_algorithm(f" {text}") if text else [])
+
+
+WITHOUT_PREFIX = tokenizer_from_gguf(metadata_of(add_space_prefix=False))
+WITH_PREFIX = tokenizer_from_gguf(metadata_of())
+
+
+def test_control_and_user_defined_tokens_are_matched_whole() -> None:
+    assert WITHOUT_PREFIX.encode("ab<mask>a  b</s>").tokens == ["ab", "<mask>", "a", "  ", "b", "</s>"]
+
+
+@given(st.text(alphabet="abcd éx日🙂\n"))
+def test_texts_come_back(text: str) -> None:
+    codec = codec_from_gguf(metadata_of())
+    ids = codec.encode(text)
+    assert ids[0] == 1
+    detokenizer = codec.detokenizer()
+    assert detokenizer.feed(ids) + detokenizer.flush() == text
+
+
+def test_no_bos_where_the_file_says_so() -> None:
+    assert codec_from_gguf(metadata_of(add_bos_token=False, add_space_prefix=False)).encode("ab") != []
+    assert 1 not in codec_from_gguf(metadata_of(add_bos_token=False)).encode("ab")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scores": None}, "scores are not one for each"),
+        ({"scores": [0.0]}, "scores are not one for each"),
+        ({"unknown_token_id": 9999}, "unknown_token_id is 9999"),
+        ({"tokens": None}, "tokenizer.ggml.tokens"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_used_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(LoadFailed, match=said):
+        tokenizer_from_gguf(metadata_of(**changes))
+
+
+@pytest.mark.real_model
+@pytest.mark.long
+@pytest.mark.slow
+def test_gemma_encodes_as_transformers_does(
+    gemma_path: Path, transformers_tokenizer: Callable[[Path], Any]
+) -> None:
+    reference: Tokenizer = transformers_tokenizer(gemma_path).backend_tokenizer
+    tokenizer = tokenizer_from_gguf(read_header(gemma_path).metadata)
+    # Where a text has the mark of spaces itself, transformers takes runs of it for runs of spaces.
+    texts = [path.read_text().replace("▁", "") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    texts += ["", "Hello world", "  a   b\n\n\n c\t", "日本語🙂 naïve café", "<bos>x<end_of_turn>"]
+    for text in texts:
+        assert tokenizer.encode(text).ids == reference.encode(text, add_special_tokens=False).ids, text
