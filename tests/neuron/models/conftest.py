@@ -13,19 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cortex.neuron.engine.cache import RunCache
 from cortex.neuron.models import registry
-from cortex.neuron.models.division import largest_share
 from cortex.neuron.models.llama import build
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape, Rope
-from cortex.neuron.nn.placement import Dtype, Placement, Share
+from cortex.neuron.nn.placement import Dtype, Placement
 from cortex.neuron.nn.plan import Run, Segment, StepPlan, parts
 from cortex.neuron.nn.step import Span, States, prepare
 from cortex.neuron.weights.checkpoint import open_checkpoint
-from cortex.neuron.weights.loader import Report, load
+from cortex.neuron.weights.loader import load
 
 CACHE = 400
 """Tokens."""
-ALONE = Share()
 
 
 class State(NamedTuple):
@@ -36,7 +34,6 @@ class State(NamedTuple):
 
     @staticmethod
     def of(shape: ModelShape) -> State:
-        """Of all heads that `shape` has."""
         sizes = shape.delta
         assert sizes is not None
         nothing = float("nan")
@@ -45,35 +42,27 @@ class State(NamedTuple):
 
 
 class Computing:
-    """A checkpoint, or a rank's share, as the engine computes it, fp32 unless another form is asked for.
+    """A checkpoint as the engine computes it, fp32 unless another form is asked for.
 
     A sequence's states are those of the row in which it begins.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        dtype: Dtype = "float32",
-        share: Share = ALONE,
-        rows: int = CACHE,
-        report: Report = lambda done, total: None,
-    ) -> None:
-        placement = Placement(torch.device("cpu"), dtype, share)
+    def __init__(self, path: Path, dtype: Dtype = "float32") -> None:
+        placement = Placement(torch.device("cpu"), dtype)
         with open_checkpoint(path) as checkpoint:
             shape = self.shape = read_shape(checkpoint)
             family = registry.family(shape.architecture)
             self.model: Any = family.build(shape, placement)
             sources = family.sources(shape, checkpoint.kind, placement.share)
-            load(self.model, sources, checkpoint, report)
-        own = largest_share(shape, share.world)
+            load(self.model, sources, checkpoint, lambda done, total: None)
         self.weight_bytes = sum(getattr(module, "nbytes", 0) for module in self.model.modules())
         layers = shape.attention_layers
         near = [at for at, index in enumerate(layers) if shape.kind(index) == "sliding"]
-        cache = RunCache(len(layers), rows, own.kv_heads, shape.head_dim, placement.device, near=near)
+        cache = RunCache(len(layers), CACHE, shape.kv_heads, shape.head_dim, placement.device, near=near)
         self.cache_bytes = cache.nbytes
         self._cache = cache
         self._slots: dict[int, int] = {}
-        self._states = {index: State.of(own) for index in shape.delta_layers}
+        self._states = {index: State.of(shape) for index in shape.delta_layers}
         with_keys = iter(cache.layers)
         self._caches = [self._states.get(index) or next(with_keys) for index in range(shape.layers)]
 

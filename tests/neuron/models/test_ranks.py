@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cortex.neuron.engine.ranks import Ranks
-from cortex.neuron.engine.runner import load_runner
+from cortex.neuron.engine.runner import Runner, load_runner
 from cortex.neuron.models import llama, registry
 from cortex.neuron.models.division import largest_share, rank_weight_bytes
 from cortex.neuron.models.shape import ModelShape
@@ -40,7 +39,10 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, WIDTH, INNER, VOCAB = 2, 40, 8, 2, 8, 96, 321
 """Four ranks have to share KV heads, and no number of them divides the vocabulary."""
 QUERIES, KEYS = HEADS * WIDTH, KV_HEADS * WIDTH
 CACHE = 700
+KEPT = 5
+"""The slot behind those of running sequences, for a checkpoint of a state."""
 WORLDS = (2, 4)
+TOKENS = 12
 
 
 class Case(NamedTuple):
@@ -53,13 +55,13 @@ class Case(NamedTuple):
 CASES = {
     "fused": Case("fused", "float32", 1e-4),
     "llama": Case("llama", "float32", 1e-4),
-    "llama-biases": Case("llama-biases", "float32", 1e-4),
     # Each rank rounds its part of what goes into a row-split matrix by itself.
     "llama-packed16": Case("llama", "packed16", 0.03),
     "qwen3_moe": Case("qwen3_moe", "float32", 1e-4),
     "qwen3_5": Case("qwen3_5_text", "float32", 1e-4),
 }
 MORE_CASES = {
+    "llama-biases": Case("llama-biases", "float32", 1e-4),
     "qwen2": Case("qwen2", "float32", 1e-4),
     "llama-int8": Case("llama", "int8", 1.0),
     "qwen3": Case("qwen3", "float32", 1e-4),
@@ -161,51 +163,29 @@ IDS = torch.randint(0, 199, (400,), generator=torch.Generator().manual_seed(1)).
 
 PLANS = {
     "prefill": StepPlan(
-        IDS[:50], [Segment(0, 20, [(0, 20)]), Segment(0, 30, [(100, 10), (120, 20)])], [*range(50)]
+        IDS[:50], [Segment(0, 20, [(0, 20)], 0), Segment(0, 30, [(100, 10), (120, 20)], 1)], [*range(50)]
     ),
     "decode": StepPlan(
-        IDS[50:52], [Segment(20, 1, [(0, 21)]), Segment(30, 1, [(100, 10), (120, 21)])], [0, 1]
+        IDS[50:52], [Segment(20, 1, [(0, 21)], 0), Segment(30, 1, [(100, 10), (120, 21)], 1)], [0, 1]
     ),
     "going-on": StepPlan(
-        IDS[65:116], [Segment(21, 1, [(0, 22)]), Segment(31, 50, [(100, 10), (120, 71)])], [0, 1, 50]
+        IDS[65:116],
+        [Segment(21, 1, [(0, 22)], 0), Segment(31, 50, [(100, 10), (120, 71)], 1)],
+        [0, 1, 50],
+        [],
+        [Copy(0, KEPT, 1)],
     ),
     "mixed": StepPlan(
         IDS[52:65],
-        [Segment(22, 1, [(0, 23)]), Segment(16, 12, [(200, 10), (220, 18)])],
+        [Segment(22, 1, [(0, 23)], 0), Segment(16, 12, [(200, 10), (220, 18)], 2)],
         [0, 12],
         [Copy(0, 200, 10), Copy(10, 220, 6)],
+        [Copy(KEPT, 2, 1)],
     ),
-    "nothing-wanted": StepPlan(IDS[:5], [Segment(0, 5, [(240, 5)])], []),
-    "long": StepPlan(IDS, [Segment(0, 400, [(300, 400)])], [0, 399]),
-    "after-long": StepPlan(IDS[:2], [Segment(150, 1, [(300, 151)]), Segment(5, 1, [(240, 6)])], [0, 1]),
+    "nothing-wanted": StepPlan(IDS[:5], [Segment(0, 5, [(240, 5)], 3)], []),
+    "long": StepPlan(IDS, [Segment(0, 400, [(300, 400)], 4)], [0, 399]),
+    "after-long": StepPlan(IDS[:2], [Segment(150, 1, [(300, 151)], 4), Segment(5, 1, [(240, 6)], 3)], [0, 1]),
 }
-
-
-def of_encoded_size(size: int) -> StepPlan:
-    def plan(count: int) -> StepPlan:
-        return StepPlan([1] * count, [Segment(0, count, [(0, count)])], [])
-
-    return plan(size - len(msgspec.msgpack.encode(plan(size))) + size)
-
-
-def is_hybrid(case: Case) -> bool:
-    return case.folder.startswith(("qwen3_next", "qwen3_5"))
-
-
-def plans_of(case: Case) -> dict[str, StepPlan]:
-    """A copied prefix brings no states along."""
-    return {name: plan for name, plan in PLANS.items() if not (is_hybrid(case) and name == "mixed")}
-
-
-def with_states() -> Any:
-    """The class that the fixture `computing` gives, for a program that has no fixtures."""
-    spec = importlib.util.spec_from_file_location("models_conftest", Path(__file__).with_name("conftest.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Computing
-
 
 LETTERS = [
     PLANS["mixed"],
@@ -216,7 +196,7 @@ LETTERS = [
 """Plans of all sizes, the empty one included."""
 
 
-def load(path: Path, case: Case, share: Share, told: list[int]) -> Any:
+def load(path: Path, case: Case, share: Share, told: list[int]) -> Runner:
     """What computes plans. The rank takes what was foretold, at most that in forms that depend on the CPU."""
 
     def report(done: int, total: int) -> None:
@@ -224,28 +204,35 @@ def load(path: Path, case: Case, share: Share, told: list[int]) -> Any:
         told[:] = [total]
 
     placement = Placement(CPU, case.dtype, share)
-    runner: Any
-    if is_hybrid(case):  # states are the engine's business; here they are the tests' own
-        runner = with_states()(path / case.folder, case.dtype, share, CACHE, report)
-    else:
-        runner = load_runner(path / case.folder, placement, cache_rows=CACHE, report=report)
+    runner = load_runner(path / case.folder, placement, cache_rows=CACHE, report=report, working=KEPT, kept=1)
     foretold = rank_weight_bytes(runner.shape, share.world, case.dtype)
     assert runner.weight_bytes <= foretold
     if case.dtype == "float32" and share.rank == share.world - 1 and "biases" not in case.folder:
         assert runner.weight_bytes == foretold, "the last rank has most of the vocabulary"
-    assert runner.cache_bytes == CACHE * largest_share(runner.shape, share.world).kv_bytes_per_token
+    own = largest_share(runner.shape, share.world)
+    assert runner.cache_bytes == CACHE * own.kv_bytes_per_token + (KEPT + 1) * own.state_bytes
     return runner
 
 
 class Outcome(NamedTuple):
-    """What a rank has of a case: logits by plan on the first one, bytes read, bytes of its cache, and by plan
-    how often ranks met in a sum.
+    """What a rank has of a case: logits by plan on the first one, bytes read, bytes of its cache, by plan how
+    often ranks met in a sum, and what the first one says after all that.
     """
 
     logits: dict[str, Tensor]
     read: int
     cache: int
     sums: dict[str, int]
+    tokens: list[int]
+
+
+def greedy(compute: Callable[[StepPlan], Tensor]) -> list[int]:
+    """The likeliest tokens after the sequence in slot 0, a step each."""
+    tokens = [IDS[0]]
+    for at in range(23, 23 + TOKENS):
+        plan = StepPlan(tokens[-1:], [Segment(at, 1, [(0, at + 1)], 0)], [0])
+        tokens.append(int(compute(plan).argmax()))
+    return tokens
 
 
 def be_rank(share: Share, links: list[socket.socket], models: Path, names: list[str]) -> dict[str, Any]:
@@ -263,7 +250,7 @@ def be_rank(share: Share, links: list[socket.socket], models: Path, names: list[
         runner = load(models, case, share, told)
         logits: dict[str, Tensor] = {}
         sums: dict[str, int] = {}
-        for plan_name, plan in plans_of(case).items():
+        for plan_name, plan in PLANS.items():
             before = next(count)
             if share.rank:
                 assert next(plans) == plan
@@ -273,7 +260,13 @@ def be_rank(share: Share, links: list[socket.socket], models: Path, names: list[
             sums[plan_name] = next(count) - before - 1
             if not share.rank:
                 logits[plan_name] = found
-        outcomes[name] = tuple(Outcome(logits, told[0], runner.cache_bytes, sums))
+        tokens: list[int] = []
+        if share.rank:
+            for plan in itertools.islice(plans, TOKENS):
+                runner.logits(plan)
+        else:
+            tokens = greedy(lambda plan, runner=runner: link.tell(plan) or runner.logits(plan))
+        outcomes[name] = tuple(Outcome(logits, told[0], runner.cache_bytes, sums, tokens))
     if share.rank:
         outcomes["letters"] = msgspec.msgpack.encode(list(plans))
     else:
@@ -339,8 +332,8 @@ def one_rank(models: Path) -> Any:
     def compute(name: str) -> Outcome:
         told: list[int] = []
         runner = load(models, ALL_CASES[name], Share(), told)
-        logits = {plan_name: runner.logits(plan) for plan_name, plan in plans_of(ALL_CASES[name]).items()}
-        return Outcome(logits, told[0], runner.cache_bytes, {})
+        logits = {plan_name: runner.logits(plan) for plan_name, plan in PLANS.items()}
+        return Outcome(logits, told[0], runner.cache_bytes, {}, greedy(runner.logits))
 
     return compute
 
@@ -350,8 +343,8 @@ def one_rank(models: Path) -> Any:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_ranks_give_the_logits_of_one(ranks: Any, one_rank: Any, name: str, world: int) -> None:
     found, expected = Outcome(*ranks[world][0][name]), one_rank(name)
-    assert found.logits.keys() == plans_of(ALL_CASES[name]).keys()
-    for plan_name, plan in plans_of(ALL_CASES[name]).items():
+    assert found.logits.keys() == PLANS.keys()
+    for plan_name, plan in PLANS.items():
         assert found.logits[plan_name].shape == expected.logits[plan_name].shape
         if plan.wanted:
             difference = (found.logits[plan_name] - expected.logits[plan_name]).abs().max()
@@ -361,11 +354,21 @@ def test_ranks_give_the_logits_of_one(ranks: Any, one_rank: Any, name: str, worl
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_ranks_choose_the_tokens_of_one(ranks: Any, one_rank: Any, name: str, world: int) -> None:
+    tokens = one_rank(name).tokens
+    assert len(set(tokens)) > 1
+    if ALL_CASES[name].dtype == "float32":
+        assert Outcome(*ranks[world][0][name]).tokens == tokens
+
+
+@pytest.mark.timeout(60)
 def test_ranks_meet_twice_a_layer_and_once_for_the_table(ranks: Any) -> None:
     for name, case in CASES.items():
         layers = 3 if case.folder in TINY else LAYERS
         for rank in ranks[2]:
-            assert Outcome(*rank[name]).sums == dict.fromkeys(plans_of(case), 2 * layers + 1)
+            assert Outcome(*rank[name]).sums == dict.fromkeys(PLANS, 2 * layers + 1)
 
 
 def test_a_fused_tensor_is_its_parts(one_rank: Any) -> None:
@@ -402,6 +405,7 @@ def test_a_rank_reads_its_own_rows_only_and_caches_its_own_heads(
         assert [rank[name][2] for rank in ranks[world]] == [whole.cache // 2] * world
 
 
+@pytest.mark.long
 @pytest.mark.timeout(60)
 def test_only_one_rank_has_the_biases_that_are_added_after_the_sum(ranks: Any) -> None:
     first, second = (rank["llama-biases"][1] for rank in ranks[2])
