@@ -48,7 +48,12 @@ class Case(NamedTuple):
 
 
 TOLERANCES: dict[Dtype, float] = {"float32": 1e-4, "packed16": 3e-3, "int8": 3e-3}
-MODELS: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {"num_key_value_heads": 3}}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"num_key_value_heads": 3},
+    "qwen3_moe": {"num_hidden_layers": 2},
+    "gemma3_text": {"num_hidden_layers": 2, "sliding_window": 20},
+}
 """Kinds that transformers makes, and what is changed in their configuration."""
 CASES = [
     pytest.param(
