@@ -54,8 +54,8 @@ TOLERANCES: dict[Dtype, float] = {"float32": 1e-4, "packed16": 3e-3, "int8": 3e-
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"num_key_value_heads": 3},
-    "gemma3_text": {},
-    "qwen3_moe": {},
+    "gemma3_text": {"num_hidden_layers": 2, "sliding_window": 20},
+    "qwen3_moe": {"num_hidden_layers": 2},
     "qwen3_5_text": {},
     "qwen3_5_moe_text": {},
 }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cortex.neuron.engine.cache import RunCache
 from cortex.neuron.models import registry
-from cortex.neuron.models.llama import build
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape, Rope
 from cortex.neuron.nn.placement import Dtype, Placement
@@ -122,9 +122,10 @@ def computing() -> type[Computing]:
 # --- a CUDA device that is not there --------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def cuda_shape() -> ModelShape:
-    return ModelShape(
+@pytest.fixture(scope="session", params=["plain", "rich"])
+def cuda_shape(request: pytest.FixtureRequest) -> ModelShape:
+    """Of a model with hardly anything, and of one with all that attention may have."""
+    plain = ModelShape(
         architecture="qwen2",
         layers=2,
         hidden=48,
@@ -141,6 +142,23 @@ def cuda_shape() -> ModelShape:
         output_bias=False,
         mlp_bias=False,
     )
+    if request.param == "plain":
+        return plain
+    return msgspec.structs.replace(
+        plain,
+        architecture="gemma3",
+        qk_norm=True,
+        gated=True,
+        rotary_dim=4,
+        post_norms=True,
+        activation="gelu_tanh",
+        kinds=("sliding", "full"),
+        window=16,
+        local_rope=Rope(100.0),
+        query_scale=0.5,
+        embedding_scale=7.0,
+        logit_cap=30.0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +167,7 @@ def fake_model(cuda_shape: ModelShape) -> Iterator[Callable[[Dtype], Any]]:
     device = torch.device("cuda", 0)
 
     def make(dtype: Dtype) -> Any:
-        model = build(cuda_shape, Placement(device, dtype))
+        model = registry.family(cuda_shape.architecture).build(cuda_shape, Placement(device, dtype))
         for module in model.modules():
             parameters: Mapping[str, Tensor] = dict(module.named_parameters(recurse=False))
             if parameters:

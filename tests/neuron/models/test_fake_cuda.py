@@ -45,7 +45,8 @@ def runner(
     request: pytest.FixtureRequest, fake_model: Callable[[str], Any], cuda_shape: ModelShape
 ) -> Runner:
     model = fake_model(request.param)
-    cache = RunCache(cuda_shape.layers, 80, cuda_shape.kv_heads, cuda_shape.head_dim, DEVICE)
+    near = [index for index in range(cuda_shape.layers) if cuda_shape.kind(index) == "sliding"]
+    cache = RunCache(cuda_shape.layers, 80, cuda_shape.kv_heads, cuda_shape.head_dim, DEVICE, near=near)
     return Runner(model, cuda_shape, cache, Placement(DEVICE, request.param), 0)
 
 

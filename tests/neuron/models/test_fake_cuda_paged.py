@@ -32,7 +32,15 @@ PLANS = {
 
 @pytest.fixture
 def cache(fake_model: Callable[[str], Any], cuda_shape: ModelShape) -> PagedCache:
-    return PagedCache(cuda_shape.layers, PAGES * PAGE, cuda_shape.kv_heads, cuda_shape.head_dim, DEVICE)
+    return PagedCache(
+        cuda_shape.layers,
+        PAGES * PAGE,
+        cuda_shape.kv_heads,
+        cuda_shape.head_dim,
+        DEVICE,
+        near=[index for index in range(cuda_shape.layers) if cuda_shape.kind(index) == "sliding"],
+        window=cuda_shape.window,
+    )
 
 
 @pytest.mark.slow

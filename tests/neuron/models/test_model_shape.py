@@ -251,6 +251,8 @@ def test_sparse_files_of_gemma_mean_what_its_configuration_assumes() -> None:
         (huggingface(partial_rotary_factor=0.5), "a part of the head"),
         (huggingface(**{**HYBRID, "layer_types": ["conv"] * 4}), "the layer type 'conv'"),
         (huggingface(**{**HYBRID, "layer_types": ["full_attention"]}), "one for each of 4 layers"),
+        (huggingface(**{**HYBRID, "num_hidden_layers": 3}), "none of its layers has keys"),
+        (huggingface(layer_types=["linear_attention", "full_attention"]), "linear attention in llama"),
         (huggingface(**HYBRID, output_gate_type="sigmoid"), "the output gate 'sigmoid'"),
         (huggingface(**{**HYBRID, "linear_num_value_heads": 3}), "3 value heads cannot share 2 key heads"),
         (huggingface(**{**HYBRID, "linear_conv_kernel_dim": 0}), "delta kernel is 0"),

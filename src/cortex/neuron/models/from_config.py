@@ -151,6 +151,8 @@ def _kinds(fields: Fields, family: str, layers: int, window: int | None) -> tupl
             if name not in _KINDS:
                 raise fields.refuse(f"the layer type {name!r} ({', '.join(_KINDS)} are)")
             kinds.append(_KINDS[name])
+        if "delta" in kinds and family not in _HYBRID:
+            raise fields.refuse(f"linear attention in {family}")
     else:
         kinds = [_kind(fields, family, index) for index in range(layers)]
     if window is None:

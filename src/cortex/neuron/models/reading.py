@@ -38,6 +38,8 @@ def _check(shape: ModelShape, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: of a head width of {shape.head_dim}, {shape.rotary} "
             "cannot be rotated in pairs."
         )
+    if not shape.attention_layers:
+        raise LoadFailed(f"{checkpoint.path}: none of its layers has keys and values; one is needed.")
     if shape.delta is not None:
         _check_delta(shape.delta, checkpoint)
     experts = shape.experts

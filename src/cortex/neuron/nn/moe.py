@@ -64,9 +64,9 @@ class Experts(nn.Module):
         self._first, last = placement.share.of(sizes.experts)
         alone = placement._replace(share=Share())
         self.router = Projection(sizes.hidden, sizes.experts, placement)
-        self.experts = nn.ModuleList(
-            GatedMLP(sizes.hidden, sizes.intermediate, alone) for _ in range(self._first, last)
-        )
+        count = last - self._first
+        self._experts = tuple(GatedMLP(sizes.hidden, sizes.intermediate, alone) for _ in range(count))
+        self.experts = nn.ModuleList(self._experts)
         self.shared = GatedMLP(sizes.hidden, sizes.shared, placement) if sizes.shared else None
         self.shared_gate = (
             Projection(sizes.hidden, 1, placement, flat=sizes.flat_gate) if sizes.shared else None
@@ -80,11 +80,21 @@ class Experts(nn.Module):
             total = torch.zeros_like(x)
         else:
             total = self.shared.part(x).mul_(torch.sigmoid(self.shared_gate(x)))
-        for expert, rows, scale in self._work(weights, chosen):
-            total.index_add_(0, rows, expert(x.index_select(0, rows)).mul_(scale))
+        if x.shape[0] == 1:
+            for expert, scale in self._of_one(weights, chosen):
+                total.add_(expert.part(x).mul_(scale))
+        else:
+            for expert, rows, scales in self._of_many(weights, chosen):
+                total.index_add_(0, rows, expert.part(x.index_select(0, rows)).mul_(scales))
         return sum_over_ranks(total, self._share)
 
-    def _work(self, weights: Tensor, chosen: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    def _of_one(self, weights: Tensor, chosen: Tensor) -> list[tuple[GatedMLP, float]]:
+        """The same as `_of_many` for one row, with less to do."""
+        choices = sorted(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))
+        own = range(self._first, self._first + len(self._experts))
+        return [(self._experts[index - self._first], weight) for index, weight in choices if index in own]
+
+    def _of_many(self, weights: Tensor, chosen: Tensor) -> list[tuple[GatedMLP, Tensor, Tensor]]:
         """This rank's experts that were chosen, in their order; the rows that did; their weights [n, 1]."""
         flat = chosen.flatten()
         order = flat.argsort(stable=True)
@@ -93,7 +103,7 @@ class Experts(nn.Module):
         counts = torch.bincount(flat, minlength=self._sizes.experts).tolist()
         at = sum(counts[: self._first])
         found = []
-        for expert, count in zip(self.experts, counts[self._first :], strict=False):
+        for expert, count in zip(self._experts, counts[self._first :], strict=False):
             if count:
                 found.append((expert, rows.narrow(0, at, count), scales.narrow(0, at, count)))
             at += count
