@@ -20,7 +20,7 @@ _TINY: Final = torch.tensor(1e-30)
 """Keeps the scale of a row of zeros from being zero."""
 _HALF: Final = torch.tensor(128.0)
 _HALF_BIT: Final = torch.tensor(128, dtype=torch.int16)
-FEW_WEIGHTS: Final = 2**21
+FEW_WEIGHTS: Final = 5_000_000
 """Up to so many, splitting and joining two planes costs a decode step more than their product saves."""
 
 
