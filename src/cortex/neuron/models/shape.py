@@ -20,6 +20,11 @@ from cortex.wire.errors import LoadFailed
 FREQUENCY_FACTORS: Final = "rope_freqs.weight"
 """The tensor in which GGUF files carry Llama 3.1's rope scaling: a divisor for each pair."""
 
+MOST_LAYERS: Final = 4096
+"""Thirty times the deepest published model's; every layer is built before its weights are looked for."""
+MOST: Final = 2**53
+"""No size of a model comes near it, and every number below it is exact as an integer and as a float."""
+
 
 class Llama3Scaling(msgspec.Struct, frozen=True):
     factor: float
@@ -107,6 +112,8 @@ def _check(shape: ModelShape, checkpoint: Checkpoint) -> None:
     for name in positive:
         if getattr(shape, name) < 1:
             raise LoadFailed(f"{checkpoint.path}: {name} is {getattr(shape, name)}; it must be at least 1.")
+    if shape.layers > MOST_LAYERS:
+        raise LoadFailed(f"{checkpoint.path}: {shape.layers} layers are more than {MOST_LAYERS}.")
     if shape.heads % shape.kv_heads:
         raise LoadFailed(f"{checkpoint.path}: {shape.heads} heads cannot share {shape.kv_heads} KV heads.")
     if shape.head_dim % 2:
@@ -151,7 +158,7 @@ class _Fields:
         value = self.get(key, default)
         if value is None:
             raise LoadFailed(f"{self._path}: {self._where} lacks {self._prefix}{key}.")
-        if isinstance(value, bool) or not isinstance(value, kind):
+        if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) < MOST:
             raise LoadFailed(f"{self._path}: {self._prefix}{key} is {value!r}, which is no such number.")
         return value
 

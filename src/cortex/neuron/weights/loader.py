@@ -102,7 +102,7 @@ def _jobs(model: nn.Module, sources: Mapping[str, Source], checkpoint: Checkpoin
         for name, parameter in module.named_parameters(recurse=False):
             source = sources[f"{prefix}.{name}" if prefix else name]
             found = [_check_piece(piece, checkpoint, parameter) for piece in source]
-            _check_shape(parameter, source, found, checkpoint)
+            _check_shape(parameter, source, found)
             tensors += found
             nbytes += sum(_rows(piece, t) * t.row_bytes for piece, t in zip(source, found, strict=True))
             parameters.append((name, parameter, source))
@@ -130,9 +130,7 @@ def _check_piece(piece: Piece, checkpoint: Checkpoint, parameter: nn.Parameter) 
     return tensor
 
 
-def _check_shape(
-    parameter: nn.Parameter, source: Source, tensors: list[TensorInfo], checkpoint: Checkpoint
-) -> None:
+def _check_shape(parameter: nn.Parameter, source: Source, tensors: list[TensorInfo]) -> None:
     rows = sum(_rows(piece, tensor) for piece, tensor in zip(source, tensors, strict=True))
     columns = {
         tensor.columns if piece.columns is None else piece.columns[1] - piece.columns[0]
@@ -142,7 +140,7 @@ def _check_shape(
     if rows != parameter.shape[0] or columns != {wanted}:
         shapes = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in tensors)
         raise LoadFailed(
-            f"{checkpoint.path}: the configuration asks for {list(parameter.shape)}, the file has {shapes}."
+            f"{tensors[0].file}: the configuration asks for {list(parameter.shape)}, the file has {shapes}."
         )
 
 
