@@ -13,8 +13,10 @@ from gguf.quants import dequantize as reference
 from gguf.quants import quantize
 from torch import Tensor, nn
 
+from cortex.neuron.weights import loader
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
-from cortex.neuron.weights.loader import CHUNK, load
+from cortex.neuron.weights.loader import load
+from cortex.neuron.weights.reading import CHUNK
 from cortex.neuron.weights.source import Piece, Source, whole
 from cortex.wire.errors import LoadFailed
 
@@ -54,7 +56,7 @@ class Taker(nn.Module):
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        self.given.append(tensors)
+        self.given.append(dict(tensors))
 
 
 def filled(checkpoint: Checkpoint, taker: Taker, **sources: Source) -> Mapping[str, Tensor]:
@@ -100,7 +102,7 @@ def test_columns_of_long_rows_are_cut_chunk_by_chunk(checkpoint: Checkpoint) -> 
     source = (Piece("long", columns=(CHUNK - 5, CHUNK)),)
     load(taker, {"w": source}, checkpoint, lambda done, total: told.append((done, total)))
     assert torch.equal(taker.given[0]["w"], torch.ones(3, 5))
-    assert told[-1] == (3 * CHUNK * 2, 3 * CHUNK * 2)  # rows are read whole
+    assert told[-1] == (3 * 5 * 2, 3 * 5 * 2)
 
 
 def test_rotary_halves_become_pairs_within_each_head(checkpoint: Checkpoint) -> None:
@@ -130,7 +132,10 @@ def test_parameters_are_handed_over_in_their_own_dtype(checkpoint: Checkpoint) -
     assert torch.equal(given["w"], LOWER_NUMBERS.half())
 
 
-def test_progress_counts_the_bytes_that_are_read_up_to_all_of_them(checkpoint: Checkpoint) -> None:
+def test_progress_counts_the_bytes_that_are_read_up_to_all_of_them(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "TOLD_BYTES", CHUNK * 2)
     told: list[tuple[int, int]] = []
     sources = {"w": whole("long"), "b": (Piece("vector", 0, 10),)}
     taker = Taker(w=(3, CHUNK), b=(10,))
@@ -187,7 +192,8 @@ class Abort(Exception):
     pass
 
 
-def test_an_abort_frees_everything(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_an_abort_frees_everything(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "TOLD_BYTES", 1)
     taker = Taker(w=(48, 64), long=(3, CHUNK))
     watched = weakref.ref(taker)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cortex.neuron.nn.matrix import Matrix, pack
+from cortex.neuron.nn.filling import rows
+from cortex.neuron.nn.matrix import Matrix, pack, staged_bytes
 from cortex.neuron.nn.placement import Placement, empty, placed
 
 
@@ -24,17 +25,20 @@ class Linear(nn.Module):
         self.matrix: Matrix | None = None
         self.nbytes = 0
         """Bytes of the filled layer."""
+        self.staged = staged_bytes(outputs, inputs, placement.dtype) if placement.packed else None
+        """Bytes that filling takes on the way; None for those of the parameters."""
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes `weight` and, with a bias, `bias` from the host; fp32 where they are to be packed."""
-        weight, bias = tensors["weight"], tensors.get("bias")
+        bias = tensors.get("bias")
         self.nbytes = 0 if bias is None else bias.nbytes
         if self._placement.packed:
-            matrix = pack(weight, bias, self._placement.dtype)
+            matrix = pack(rows(tensors, "weight"), bias, self._placement.dtype)
             self.nbytes += matrix.nbytes
             self.matrix = matrix
             self.weight = self.bias = None
             return
+        weight = tensors["weight"]
         self.weight = placed(weight, self._placement)
         self.bias = None if bias is None else placed(bias, self._placement)
         self.nbytes += weight.nbytes

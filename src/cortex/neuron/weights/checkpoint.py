@@ -50,7 +50,23 @@ class Checkpoint:
         """
         tensor = self.tensors[name]
         begin = tensor.offset + start * tensor.row_bytes
-        return memoryview(self._map(tensor.file))[begin : begin + (stop - start) * tensor.row_bytes]
+        return self.data(tensor.file)[begin : begin + (stop - start) * tensor.row_bytes]
+
+    def data(self, file: Path) -> memoryview:
+        """All bytes of one of the checkpoint's files. Raises LoadFailed as `rows` does."""
+        return memoryview(self._map(file))
+
+    def read_ahead(self, name: str, start: int, stop: int) -> None:
+        """Have the system fetch rows [start, stop) of a tensor from the disk, without waiting for them.
+
+        Raises LoadFailed as `rows` does.
+        """
+        tensor = self.tensors[name]
+        begin = tensor.offset + start * tensor.row_bytes
+        end = tensor.offset + stop * tensor.row_bytes
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            self._map(tensor.file).madvise(mmap.MADV_WILLNEED, page, end - page)
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
