@@ -3,7 +3,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy
 import pytest

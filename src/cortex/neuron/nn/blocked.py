@@ -8,6 +8,7 @@ Layout: BA16a64b4a of oneDNN's dnnl_types.h, followed by what zero points of act
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -37,28 +38,35 @@ class BlockedMatrix:
 
     def put(self, first: int, weight: Tensor) -> None:
         """int8 [n, inputs], contiguous, as outputs `first` and on."""
-        for tile, outputs, block in self._blocks(first, weight):
-            self._tiles[tile, :, :, outputs].copy_(block)
-        self._sums[first : first + len(weight)] = weight.sum(1, dtype=torch.int32).neg_()
+        for tiles, outputs, block in self._blocks(first, weight):
+            self._tiles[tiles, :, :, outputs].copy_(block)
+        torch.neg(weight.sum(1, dtype=torch.int32), out=self._sums[first : first + len(weight)])
 
     def holds(self, weight: Tensor) -> bool:
         """Whether the memory is what putting int8 [outputs, inputs] would make it."""
-        for tile, outputs, block in self._blocks(0, weight):
-            if not torch.equal(self._tiles[tile, :, :, outputs], block):
-                return False
+        for first in range(0, len(weight), TILE):
+            for tiles, outputs, block in self._blocks(first, weight[first : first + TILE]):
+                if not torch.equal(self._tiles[tiles, :, :, outputs], block):
+                    return False
         return torch.equal(self._sums[: len(weight)], weight.sum(1, dtype=torch.int32).neg_())
 
-    def _blocks(self, first: int, weight: Tensor) -> list[tuple[int, slice, Tensor]]:
+    def _blocks(self, first: int, weight: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Tiles of outputs, outputs within each, and what belongs there [tiles, inputs / 64, 16, outputs]."""
         if self._padding:
             weight = torch.nn.functional.pad(weight, (0, self._padding))
         words = weight.view(torch.int32).view(len(weight), -1, TILE // FOUR)
-        found = []
-        for tile in range(first // TILE, -(-(first + len(weight)) // TILE)):
+        last = first + len(weight)
+        whole = range(-(-first // TILE), last // TILE)
+        if whole:
+            inner = words[whole.start * TILE - first : whole.stop * TILE - first]
+            block = inner.view(len(whole), TILE, *inner.shape[1:]).permute(0, 2, 3, 1)
+            yield slice(whole.start, whole.stop), slice(0, TILE), block
+        for tile in {first // TILE, last // TILE} - set(whole):
             start = tile * TILE
-            low, high = max(first, start), min(first + len(weight), start + TILE)
-            block = words[low - first : high - first].permute(1, 2, 0)
-            found.append((tile, slice(low - start, high - start), block))
-        return found
+            low, high = max(first, start), min(last, start + TILE)
+            if low < high:
+                block = words[low - first : high - first].permute(1, 2, 0).unsqueeze(0)
+                yield slice(tile, tile + 1), slice(low - start, high - start), block
 
 
 def known(packed: Tensor, weight: Tensor) -> bool:

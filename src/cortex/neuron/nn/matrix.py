@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cortex.neuron.nn import blocked
+from cortex.neuron.nn.blocked import TILE
 from cortex.neuron.nn.filling import Rows
 from cortex.neuron.nn.packing import integer_bytes, packed_bytes
 
@@ -26,7 +27,7 @@ _HALF: Final = torch.tensor(128.0)
 _HALF_BIT: Final = torch.tensor(128, dtype=torch.int16)
 FEW_WEIGHTS: Final = 2**21
 """Up to so many, splitting and joining two planes costs a decode step more than their product saves."""
-RUN: Final = 2**16
+RUN: Final = 2**17
 """Weights that are packed at a time: few enough for the caches with all that is made of them on the way."""
 
 
@@ -171,6 +172,30 @@ class Fbgemm:
         return product
 
 
+class _FixedPoint:
+    """Turns runs of fp32 rows into planes of int8 [planes, rows, inputs], upper plane first."""
+
+    def __init__(self, planes: int, rows: int, step: int, inputs: int) -> None:
+        self.planes = torch.empty(planes, rows, inputs, dtype=torch.int8)
+        self._number = torch.empty(min(rows, step), inputs)
+        self._both = torch.empty(min(rows, step), inputs, dtype=torch.int16)
+
+    def write(self, run: Tensor, at: int) -> Tensor:
+        """fp32 [n, inputs] into the planes' rows `at` and on; gives their scales, fp32 [n]."""
+        count = len(run)
+        place = slice(at, at + count)
+        largest = torch.maximum(run.amax(1), run.amin(1).neg_())
+        scale = largest.div_(127 if len(self.planes) == 1 else 127 * 256).clamp_min_(1e-30)
+        number = torch.div(run, scale.unsqueeze(1), out=self._number[:count]).round_()
+        if len(self.planes) == 1:
+            self.planes[0, place] = number
+            return scale
+        both = self._both[:count].copy_(number)
+        self.planes[1, place] = both  # of 16 bits the lower eight
+        self.planes[0, place] = both.add_(128).bitwise_right_shift_(8)
+        return scale
+
+
 class IntegerMatrix:
     """`planes` 1 keeps weights in 8 bits, 2 in 16; each output has a scale of its own.
 
@@ -187,17 +212,15 @@ class IntegerMatrix:
         packing = kernel.begin(planes * outputs, inputs)
         scale = torch.empty(outputs)
         step = max(1, RUN // inputs)
-        for first in range(0, outputs, step):
-            run = weight[first : first + step]
-            largest = torch.maximum(run.amax(1), run.amin(1).neg_())
-            scale[first : first + step] = largest.div_(127 if planes == 1 else 127 * 256).clamp_min_(1e-30)
-            number = run.div(largest.unsqueeze(1)).round_()
-            if planes == 1:
-                packing.put(first, number.to(torch.int8))
-                continue
-            both = number.to(torch.int16)
-            packing.put(outputs + first, both.to(torch.int8))  # the lower byte
-            packing.put(first, both.add_(128).bitwise_right_shift_(8).to(torch.int8))
+        group = max(TILE, step // TILE * TILE)
+        fixed = _FixedPoint(planes, group, step, inputs)
+        for first in range(0, outputs, group):
+            count = min(group, outputs - first)
+            for at in range(0, count, step):
+                run = weight[first + at : first + min(count, at + step)]
+                scale[first + at : first + at + len(run)] = fixed.write(run, at)
+            for plane in range(planes):
+                packing.put(plane * outputs + first, fixed.planes[plane, :count])
         self._packed = packing.finish(scale if planes == 1 else torch.cat((scale * 256, scale)))
         self.nbytes = integer_bytes(inputs, outputs, planes)
 

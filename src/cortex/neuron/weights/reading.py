@@ -79,6 +79,8 @@ class Parameter:
 
     def __getitem__(self, rows: slice) -> Tensor:
         start, stop, _ = rows.indices(self.shape[0])
+        if len(self._source) == 1 and (read := self._plainly(start, stop)) is not None:
+            return read
         read = torch.empty((stop - start, *self.shape[1:]), dtype=self._dtype, device="cpu")
         at = 0
         for piece in self._source:
@@ -95,6 +97,15 @@ class Parameter:
             tensor = self._stored.tensor(piece.tensor)
             self._stored.read_ahead(tensor, piece.start, piece.start + row_count(piece, tensor))
 
+    def _plainly(self, start: int, stop: int) -> Tensor | None:
+        """The rows as they come, if nothing has to be done to them and they are few."""
+        (piece,) = self._source
+        if self._dtype != torch.float32 or len(self.shape) != 2 or piece.pairs or piece.change:
+            return None
+        if (stop - start) * self.shape[1] > CHUNK:
+            return None
+        return self._numbers(piece, self._stored.tensor(piece.tensor), range(start, stop))
+
     def _piece(self, piece: Piece, tensor: TensorInfo, first: int, last: int, target: Tensor) -> None:
         """Rows [first, last) of what the piece makes, which is in another order than its tensor's rows."""
         for rows, part in _stored(piece.pairs, first, last, target):
@@ -105,20 +116,25 @@ class Parameter:
             target.exp_().neg_()
 
     def _rows(self, piece: Piece, tensor: TensorInfo, rows: range, target: Tensor) -> None:
-        low, high = _run_of_blocks(piece, tensor)
-        per_block, block_bytes = BLOCKS[tensor.dtype]
-        step = max(1, CHUNK // max(1, (high - low) * per_block))
+        step = max(1, CHUNK // max(1, tensor.columns))
         for first in range(0, len(rows), step):
             some = rows[first : first + step]
-            raw = self._stored.rows(tensor, piece.start + some.start, piece.start + some.stop)
-            raw = raw[:, low * block_bytes : high * block_bytes]
-            self._count(raw.numel())
-            numbers = dequantize(raw, tensor.dtype)
-            if piece.columns is not None:
-                start, stop = piece.columns
-                numbers = numbers[:, start - low * per_block : stop - low * per_block]
             part = target[first : first + len(some)]
+            numbers = self._numbers(piece, tensor, some)
             part.copy_(numbers.view(part.shape) if part.dim() == 1 else numbers)
+
+    def _numbers(self, piece: Piece, tensor: TensorInfo, rows: range) -> Tensor:
+        """fp32 [rows, columns] of a piece, as they are stored."""
+        low, high = _run_of_blocks(piece, tensor)
+        per_block, block_bytes = BLOCKS[tensor.dtype]
+        raw = self._stored.rows(tensor, piece.start + rows.start, piece.start + rows.stop)
+        raw = raw[:, low * block_bytes : high * block_bytes]
+        self._count(raw.numel())
+        numbers = dequantize(raw, tensor.dtype)
+        if piece.columns is None:
+            return numbers
+        start, stop = piece.columns
+        return numbers[:, start - low * per_block : stop - low * per_block]
 
 
 class Parameters(Mapping[str, Tensor]):
