@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy
 import pytest
@@ -10,12 +12,13 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize as reference
 from gguf.quants import quantize
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cortex.neuron.weights import loader
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
 from cortex.neuron.weights.loader import load
-from cortex.neuron.weights.reading import CHUNK
+from cortex.neuron.weights.reading import CHUNK, Parameter, Stored, row_count, stored_bytes
 from cortex.neuron.weights.source import Piece, Source, whole
 from cortex.wire.errors import LoadFailed
 
@@ -113,6 +116,29 @@ def test_rotary_halves_become_pairs_within_each_head(checkpoint: Checkpoint) -> 
     assert torch.equal(given["b"], torch.from_numpy(VECTOR[order]))
 
 
+SOURCES: dict[str, Source] = {
+    "whole": whole("upper"),
+    "pairs": (Piece("upper", pairs=12),),
+    "joined": (Piece("lower", 3, 7), Piece("upper", 12, 36, pairs=8), Piece("lower", 8, change="one_plus")),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_any_rows_of_a_parameter_are_those_of_the_whole(checkpoint: Checkpoint, name: str) -> None:
+    read: list[int] = []
+    source = SOURCES[name]
+    height = sum(row_count(piece, checkpoint.tensors[piece.tensor]) for piece in source)
+    parameter = Parameter((height, 64), torch.float32, source, Stored(checkpoint), read.append)
+    everything = parameter[:]
+    for start in range(0, height, 5):
+        for stop in range(start, height + 1, 3):
+            assert torch.equal(parameter[start:stop], everything[start:stop])
+    read.clear()
+    for start in range(height):
+        parameter[start : start + 1]
+    assert sum(read) == sum(stored_bytes(piece, checkpoint.tensors[piece.tensor]) for piece in source)
+
+
 def test_rows_of_a_stack_of_matrices_are_counted_through(checkpoint: Checkpoint) -> None:
     given = filled(checkpoint, Taker(w=(7, 64)), w=(Piece("stacked", 5, 12),))
     assert torch.equal(given["w"], torch.from_numpy(STACKED.reshape(24, 64)[5:12]))
@@ -206,6 +232,67 @@ def test_an_abort_frees_everything(checkpoint: Checkpoint, monkeypatch: pytest.M
     del taker
     gc.collect()
     assert watched() is None
+
+
+def test_an_abort_stops_modules_that_are_being_filled(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that reads on and on ends at its next chunk, and no other is begun."""
+    monkeypatch.setattr(loader, "TOLD_BYTES", 1)
+    ended = threading.Event()
+
+    class Endless(Taker):
+        def fill(self, tensors: Mapping[str, Tensor]) -> None:
+            try:
+                while True:
+                    tensors["w"]
+            finally:
+                ended.set()
+
+    def abort(done: int, total: int) -> None:
+        if done:
+            raise Abort
+
+    tree = nn.ModuleDict({"a": Endless(w=(48, 64)), "b": Taker(w=(48,))})
+    with pytest.raises(Abort):
+        load(tree, {"a.w": whole("upper"), "b.w": whole("vector")}, checkpoint, abort)
+    assert ended.is_set()
+    assert tree["b"].given == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fill")]
+
+
+def test_modules_are_filled_side_by_side_within_the_bytes_of_the_largest(checkpoint: Checkpoint) -> None:
+    """Two small ones together take as much on the way as the large one, which is alone."""
+    under_way: list[str] = []
+    seen: set[frozenset[str]] = set()
+    together = threading.Barrier(2, timeout=10)
+
+    class Watched(Taker):
+        def fill(self, tensors: Mapping[str, Tensor]) -> None:
+            (size,) = (tensor.shape[0] for tensor in tensors.values())
+            under_way.append(str(size))
+            if size == 24:
+                together.wait()
+            seen.add(frozenset(under_way))
+            if size == 24:
+                together.wait()
+            under_way.remove(str(size))
+
+    tree = nn.ModuleDict({"a": Watched(w=(24, 64)), "b": Watched(w=(24, 64)), "c": Watched(w=(48, 64))})
+    sources = {"a.w": (Piece("upper", 0, 24),), "b.w": (Piece("upper", 24),), "c.w": whole("upper")}
+    load(tree, sources, checkpoint, lambda done, total: None, threads=3)
+    assert seen == {frozenset({"24"}), frozenset({"48"})}
+
+
+def test_a_tensor_that_does_not_fit_is_named_with_its_shard(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, 3)}, tmp_path / "one.safetensors")
+    save_file({"b": torch.ones(3, 3)}, tmp_path / "two.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with (
+        open_checkpoint(tmp_path) as shards,
+        pytest.raises(LoadFailed, match=r"two\.safetensors: .*b \[3, 3\]"),
+    ):
+        load(Taker(w=(4, 3)), {"w": whole("b")}, shards, lambda done, total: None)
 
 
 def test_a_module_that_cannot_be_filled_fails_the_load(checkpoint: Checkpoint) -> None:
