@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cortex.wire.errors import LoadFailed
+
+MOST_LAYERS: Final = 4096
+"""Thirty times the deepest published model's; every layer is built before its weights are looked for."""
+MOST: Final = 2**53
+"""No size of a model comes near it, and every number below it is exact as an integer and as a float."""
 
 
 class Fields:
@@ -21,6 +26,13 @@ class Fields:
     def integer(self, key: str, default: int | None = None) -> int:
         """Raises LoadFailed if the key is not there, without a default, or no integer; so do the others."""
         return int(self._number(key, int, default))
+
+    def layers(self, key: str) -> int:
+        """Of a model; raises LoadFailed too if they are more than MOST_LAYERS."""
+        count = self.integer(key)
+        if count > MOST_LAYERS:
+            raise LoadFailed(f"{self._path}: {count} layers are more than {MOST_LAYERS}.")
+        return count
 
     def number(self, key: str, default: float | None = None) -> float:
         return float(self._number(key, (int, float), default))
@@ -60,6 +72,6 @@ class Fields:
         value = self.get(key, default)
         if value is None:
             raise LoadFailed(f"{self._path}: {self._where} lacks {self._prefix}{key}.")
-        if isinstance(value, bool) or not isinstance(value, kind):
+        if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) < MOST:
             raise LoadFailed(f"{self._path}: {self._prefix}{key} is {value!r}, which is no such number.")
         return value

@@ -70,7 +70,7 @@ def shape_from_config(checkpoint: Checkpoint) -> ModelShape:
     tied = head not in checkpoint.tensors
     if tied and not top.flag("tie_word_embeddings"):
         raise LoadFailed(f"{checkpoint.path} lacks tensor {head}, and {CONFIG} ties no embeddings.")
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.layers("num_hidden_layers")
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
     width = fields.integer("head_dim", hidden // max(1, heads))

@@ -38,7 +38,7 @@ def shape_from_gguf(checkpoint: Checkpoint) -> ModelShape:
     if table is None:
         raise LoadFailed(f"{checkpoint.path} lacks tensor token_embd.weight.")
     # The blocks for predicting further tokens come last and are no part of the model.
-    layers = fields.integer("block_count") - fields.integer("nextn_predict_layers", 0)
+    layers = fields.layers("block_count") - fields.integer("nextn_predict_layers", 0)
     experts = _experts(fields, family, checkpoint)
     rotary = fields.integer("rope.dimension_count", width)
     if rotary != width and family not in _HYBRID:
