@@ -27,7 +27,7 @@ from cortex.neuron.weights.gguf import TYPES
 pytestmark = [
     pytest.mark.real_model,
     pytest.mark.slow,
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(300),
     # Its new name is unknown to the oldest transformers that pyproject.toml allows.
     pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
 ]
