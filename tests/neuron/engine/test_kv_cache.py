@@ -273,7 +273,7 @@ def test_any_layout_and_any_steps_give_every_token_what_it_may_see(seed: int, wi
 def test_plain_attention_is_the_fast_one_however_many_rows_it_takes_at_a_time(
     rows: int, length: int, scores: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plain one is for CUDA devices; heads of a group share keys, and values lie as the cache has them."""
+    """The plain one is for CUDA devices."""
     monkeypatch.setattr(module, "SCORES", scores)
     queries = random(rows, KV_HEADS * GROUP, WIDTH, seed=2)
     keys, values = random(length, 2, KV_HEADS, WIDTH, seed=3).unbind(1)

@@ -176,8 +176,10 @@ def _plain(
     most = max(1, SCORES // (heads * length))
     for first in range(0, rows, most):
         count = min(most, rows - first)
-        own = queries.narrow(0, first, count).view(count, kv_heads, -1, width).transpose(0, 1) * scale
-        scores = torch.bmm(own.reshape(kv_heads, -1, width), keys).view(kv_heads, count, -1, length)
+        own = queries.narrow(0, first, count).view(count, kv_heads, -1, width).transpose(0, 1)
+        own = own.reshape(kv_heads, -1, width)
+        scores = torch.baddbmm(queries.new_empty(1), own, keys, beta=0, alpha=scale)
+        scores = scores.view(kv_heads, count, -1, length)
         if mask is not None:
             scores += mask.narrow(0, first, count).unsqueeze(1)
         weight = scores.logsumexp(-1, keepdim=True)
