@@ -305,8 +305,8 @@ def test_plans_of_every_size_arrive_as_they_are_until_the_end(two_ranks: list[di
 def test_a_rank_reads_its_own_rows_only_and_caches_its_own_heads(
     two_ranks: list[dict[str, Any]], one_rank: Any, name: str
 ) -> None:
-    """Of matrices that are split by their columns it has to read every row."""
-    shared = LAYERS * 4 * HIDDEN * (QUERIES + 2 * KEYS + 2 * INNER)
+    """And of matrices that are split by their columns its own columns only."""
+    shared = LAYERS * 4 * HIDDEN * (2 * QUERIES + 2 * KEYS + 3 * INNER)
     whole = one_rank(name)
     assert [rank[name][1] for rank in two_ranks] == [whole.read - shared // 2] * 2
     assert [rank[name][2] for rank in two_ranks] == [whole.cache // 2] * 2
