@@ -162,6 +162,29 @@ async def test_workers_that_all_end_without_a_word_have_not_loaded(bench: Bench)
         await bench.load()
 
 
+async def test_a_rank_that_dies_when_it_has_loaded_fails_the_load_of_the_others(bench: Bench) -> None:
+    loading = asyncio.create_task(bench.load())
+    bench.workers[1].say(READY)
+    while bench.workers[1].mouth.qsize():
+        await asyncio.sleep(0)
+    bench.workers[1].die("was killed")
+    with pytest.raises(LoadFailed, match="Rank 1 of 3: The worker was killed while others loaded the model"):
+        await asyncio.wait_for(loading, 5)
+
+
+async def test_a_rank_that_ends_quietly_when_it_has_loaded_leaves_the_cause_to_the_others(
+    bench: Bench,
+) -> None:
+    loading = asyncio.create_task(bench.load())
+    bench.workers[1].say(READY)
+    while bench.workers[1].mouth.qsize():
+        await asyncio.sleep(0)
+    bench.workers[1].die(FINE)
+    bench.workers[0].die("was killed")
+    with pytest.raises(LoadFailed, match="Rank 0 of 3: The worker was killed"):
+        await asyncio.wait_for(loading, 5)
+
+
 async def test_a_load_that_is_cancelled_leaves_no_task(bench: Bench) -> None:
     loading = asyncio.create_task(bench.load())
     await asyncio.sleep(0)

@@ -70,13 +70,19 @@ class RankGroup:
             asyncio.ensure_future(self._load_rank(rank, self._of_rank(order, rank, device), totals, report))
             for rank, device in enumerate(devices)
         ]
+        losses = [asyncio.ensure_future(self._lose_rank(rank, load)) for rank, load in enumerate(loads)]
+        all_loaded, one_lost = asyncio.gather(*loads), asyncio.gather(*losses)
         try:
-            all_loaded = all([await loaded for loaded in asyncio.as_completed(loads)])
+            await asyncio.wait([all_loaded, one_lost], return_when=asyncio.FIRST_COMPLETED)
+            if not all_loaded.done():
+                await one_lost  # which raises, else all would have been waited for
+            loaded = all(await all_loaded) and not any(loss.done() for loss in losses)
         finally:
-            for load in loads:
-                load.cancel()
-            await asyncio.gather(*loads, return_exceptions=True)
-        if not all_loaded:
+            tasks = [all_loaded, one_lost, *loads, *losses]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if not loaded:
             raise LoadFailed("The workers ended by themselves while they loaded the model.")
         self._end = asyncio.create_task(self._end_together(), name="end of a model's ranks")
 
@@ -145,6 +151,12 @@ class RankGroup:
         if end == FINE:
             return False
         raise LoadFailed(f"{self._name(rank)}The worker {end} while it loaded the model.")
+
+    async def _lose_rank(self, rank: int, load: asyncio.Future[bool]) -> None:
+        """Returns when a rank has ended; raises LoadFailed if it had loaded, and nobody else would notice."""
+        end = await self._workers[rank].ended()
+        if await asyncio.shield(load) and end != FINE:
+            raise LoadFailed(f"{self._name(rank)}The worker {end} while others loaded the model.")
 
     def _name(self, rank: int) -> str:
         """What precedes the words about one of several ranks."""
