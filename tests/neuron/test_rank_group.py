@@ -228,12 +228,16 @@ async def test_when_one_rank_ends_all_do_and_it_is_told_which_and_how(
     assert all(worker.exit.done() for worker in bench.workers)
 
 
-async def test_what_a_rank_said_of_its_end_is_told(bench: Bench) -> None:
+@pytest.mark.parametrize(
+    ("in_step", "failed"), [(True, "ran out of memory in a step on rank 1 of 3"), (False, None)]
+)
+async def test_what_a_rank_said_of_its_end_is_told(bench: Bench, in_step: bool, failed: str | None) -> None:
     await bench.loaded()
-    bench.workers[1].say(Broken(reason="ran out of memory in a step"))
+    bench.workers[1].say(Broken(reason="ran out of memory in a step", in_step=in_step))
     for worker in bench.workers[1:]:
         worker.die(FINE)
     assert await bench.group.ended() == f"lost rank 1 of 3, which ran out of memory in a step, and {FINE}"
+    assert bench.group.failed_step == failed
 
 
 async def test_of_a_model_that_is_not_divided_nobody_hears_of_ranks() -> None:

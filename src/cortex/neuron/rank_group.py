@@ -41,6 +41,7 @@ class RankGroup:
         self._workers: Final = tuple(workers)
         self._reports: Final = [worker.reports() for worker in workers]
         self._end: asyncio.Task[str] | None = None
+        self._failed_step: str | None = None
 
     @classmethod
     async def start(cls, warm: WarmServer, devices: Sequence[str], threads: int) -> Self:
@@ -73,12 +74,12 @@ class RankGroup:
         losses = [asyncio.ensure_future(self._lose_rank(rank, load)) for rank, load in enumerate(loads)]
         all_loaded, one_lost = asyncio.gather(*loads), asyncio.gather(*losses)
         try:
-            await asyncio.wait([all_loaded, one_lost], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((all_loaded, one_lost), return_when=asyncio.FIRST_COMPLETED)
             if not all_loaded.done():
                 await one_lost  # which raises, else all would have been waited for
             loaded = all(await all_loaded) and not any(loss.done() for loss in losses)
         finally:
-            tasks = [all_loaded, one_lost, *loads, *losses]
+            tasks: list[asyncio.Future[Any]] = [all_loaded, one_lost, *loads, *losses]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -102,6 +103,13 @@ class RankGroup:
             return
         for rank, worker in enumerate(self._workers):
             worker.post(Threads(threads=_part(order.threads, rank, len(self._workers))))
+
+    @property
+    def failed_step(self) -> str | None:
+        """After the end: how a step failed on a rank other than 0, which tells its own failures with the
+        step; None if that is not why they ended. Follows "it".
+        """
+        return self._failed_step
 
     async def ended(self) -> str:
         """Waits for the end and tells it in words that follow "it"."""
@@ -184,6 +192,8 @@ class RankGroup:
             async for report in self._reports[rank]:
                 if isinstance(report, Broken):
                     said[rank] = f"{report.reason}, and "
+                    if report.in_step:
+                        self._failed_step = f"{report.reason} on rank {rank} of {len(self._workers)}"
 
 
 async def to_its_end(work: Coroutine[Any, Any, None]) -> None:

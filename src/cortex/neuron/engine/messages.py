@@ -117,6 +117,8 @@ class Broken(_Message, frozen=True, kw_only=True, tag="broken"):
     """The engine cannot go on; the worker ends after it. `reason` follows "it"."""
 
     reason: str
+    in_step: bool = False
+    """A step failed on a rank that does not report steps: its sequences may be at fault."""
 
 
 Report = LoadProgress | Ready | LoadRefused | Step | Broken

@@ -96,7 +96,7 @@ def follow(channel: Channel, runner: Runner, ranks: Ranks) -> None:
             raise
         except Exception as error:
             _log.exception("a step failed")
-            channel.send(Broken(reason=_broken_by(error)))
+            channel.send(Broken(reason=_broken_by(error), in_step=True))
             return
 
 
