@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cortex.neuron.engine.ranks import Ranks
-from cortex.neuron.nn.parallel import RankGone, RankSilent, lost
+from cortex.neuron.nn.parallel import RankGone, RankSilent, others_watched
 from cortex.neuron.nn.placement import Share
 from cortex.neuron.nn.plan import Segment, StepPlan
 
@@ -106,6 +106,37 @@ def test_a_rank_that_ends_before_the_meeting_is_noticed(first: Ranks, pair: Pair
         first.meet(torch.device("cpu"))
 
 
-def test_what_gloo_says_of_a_hang_is_told_from_what_it_says_of_an_end() -> None:
-    assert isinstance(lost(RuntimeError("Timed out waiting 60000ms for recv operation")), RankSilent)
-    assert not isinstance(lost(RuntimeError("Read error: Connection reset by peer")), RankSilent)
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("[pair.cc:553] Connection closed by peer [127.0.0.1]:13187. GLHF!", RankGone),
+        ("Read error [127.0.0.1]:9097: Connection reset by peer", RankGone),
+        ("Write error [127.0.0.1]:9097: Broken pipe", RankGone),
+        (
+            "A call failed possibly due to a network error or a remote process exiting prematurely",
+            RankGone,
+        ),
+        ("Timed out waiting 60000ms for recv operation to complete", RankSilent),
+        ("Application timeout caused pair closure", RankSilent),
+        ("Received data size doesn't match expected size", RuntimeError),
+        ("connect [127.0.0.1]:9: Connection refused", RuntimeError),
+        ("CUDA error: an illegal memory access was encountered", RuntimeError),
+    ],
+)
+def test_what_is_said_of_other_ranks_is_told_from_a_failure_of_ones_own(
+    said: str, meant: type[Exception]
+) -> None:
+    with pytest.raises(Exception) as raised, others_watched():  # noqa: PT011
+        raise RuntimeError(said)
+    assert type(raised.value) is meant
+
+
+def test_why_ranks_cannot_meet_is_told(first: Ranks, second: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not taken for the end of another rank, which would end this one without a word."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("connect [127.0.0.1]:9: Connection refused")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refused)
+    with pytest.raises(RuntimeError, match="Connection refused"):
+        first.meet(torch.device("cpu"))

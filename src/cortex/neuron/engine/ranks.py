@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from cortex.neuron.engine.messages import Unframer, framed
-from cortex.neuron.nn.parallel import RankGone, RankSilent
+from cortex.neuron.nn.parallel import RankGone, RankSilent, others_watched
 from cortex.neuron.nn.placement import Share
 from cortex.neuron.nn.plan import StepPlan
 
@@ -67,12 +67,8 @@ class Ranks:
         for link in self._links:
             link.settimeout(MEETING_S)
         file = self._receive_file() if self._share.rank else self._hand_out_file()
-        try:
+        with others_watched():
             self._join(device, file)
-        except RuntimeError as error:
-            if "onnection" in str(error):  # closed, reset; refused
-                raise RankGone(str(error)) from None
-            raise
         for link in self._links:
             link.settimeout(None if self._share.rank else self._watchdog_s)
 

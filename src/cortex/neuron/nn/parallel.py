@@ -5,12 +5,20 @@ Without ranks nothing happens. Knows no layers and not how ranks found each othe
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Final
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from cortex.neuron.nn.placement import Share
+
+_GONE: Final = ("closed by peer", "reset by peer", "broken pipe", "end of file", "exiting prematurely")
+_SILENT: Final = ("timed out", "timeout caused pair closure")
+"""What gloo and NCCL say of a rank that has ended, and of one that does not take part."""
 
 
 class RankGone(Exception):
@@ -24,13 +32,11 @@ class RankSilent(RankGone):
 def sum_over_ranks(partial: Tensor, share: Share) -> Tensor:
     """The sum of every rank's `partial`, in place: after a layer that was split along its inputs.
 
-    Raises RankGone, RankSilent.
+    Raises RankGone, RankSilent, RuntimeError.
     """
     if share.world > 1:
-        try:
+        with others_watched():
             dist.all_reduce(partial)
-        except RuntimeError as error:
-            raise lost(error) from error
     return partial
 
 
@@ -38,7 +44,7 @@ def join_columns(part: Tensor, columns: int, share: Share) -> Tensor:
     """After a layer that was split along its outputs, `Share.spread` over the ranks: on rank 0 all of them,
     [T, columns]; on the others their own `part`, [T, own].
 
-    Raises RankGone, RankSilent.
+    Raises RankGone, RankSilent, RuntimeError.
     """
     if share.world == 1:
         return part
@@ -46,17 +52,24 @@ def join_columns(part: Tensor, columns: int, share: Share) -> Tensor:
     widest = max(stop - start for start, stop in own)
     part = F.pad(part, (0, widest - part.shape[1]))
     parts = None if share.rank else [torch.empty_like(part) for _ in own]
-    try:
+    with others_watched():
         dist.gather(part, parts)
-    except RuntimeError as error:
-        raise lost(error) from error
     if parts is None:
         return part
     return torch.cat([one[:, : stop - start] for one, (start, stop) in zip(parts, own, strict=True)], 1)
 
 
-def lost(error: RuntimeError) -> RankGone:
-    """What an error of torch.distributed means."""
-    if "timed out" in str(error).lower():
-        return RankSilent("waited for another rank in vain")
-    return RankGone(str(error))
+@contextlib.contextmanager
+def others_watched() -> Iterator[None]:
+    """What torch.distributed says inside of the end or the silence of another rank is raised as RankGone or
+    RankSilent. Every other RuntimeError is the failure of this rank.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).lower()
+        if any(words in said for words in _GONE):
+            raise RankGone(str(error)) from error
+        if any(words in said for words in _SILENT):
+            raise RankSilent("waited for another rank in vain") from error
+        raise
