@@ -109,9 +109,19 @@ def test_the_dtype_is_the_orders_else_the_configured_else_packed16(tiny: Path) -
     assert TorchFactory(dtype="float32").plan(order(tiny, dtype="packed16")).detail.dtype == "packed16"
 
 
+@pytest.mark.parametrize("quant", ["int8", "INT8"])
+def test_a_quant_that_says_how_weights_are_held_goes_before_the_configured_dtype(
+    tiny: Path, quant: str
+) -> None:
+    factory = TorchFactory(dtype="float32")
+    assert factory.plan(order(tiny, quant=quant)).detail.dtype == "int8"
+    assert factory.plan(order(tiny, quant=quant, dtype="int8")).detail.dtype == "int8"
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        ({"dtype": "packed16", "quant": "int8"}, "quant = 'int8' and dtype = 'packed16' contradict"),
         ({"dtype": "bf17"}, "no dtype 'bf17'; it is packed16, int8, int4, float32"),
         ({"dtype": "float32 "}, "no dtype 'float32 '"),
         ({"quant": "q4_k_m"}, "not of the quantisation 'q4_k_m'"),

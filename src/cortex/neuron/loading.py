@@ -121,13 +121,14 @@ class Loader:
         """What the factory proposes. A load that says no memory_mb and would not fit even into empty
         devices is planned again with all that they have.
         """
+        devices = self._choose_devices(request)
         order = LoadOrder(
             model_id=request.model_id,
             path=str(path),
             quant=request.quant,
             dtype=request.dtype,
-            tensor_parallel=request.tensor_parallel or 1,
-            devices=self._choose_devices(request),
+            tensor_parallel=len(devices),
+            devices=devices,
             memory_bytes=None if request.memory_mb is None else request.memory_mb * MIB,
             threads=max(1, self._threads // (1 + len({grant.model_id for grant in self._ledger.grants}))),
             max_running=self._max_running,
@@ -144,9 +145,10 @@ class Loader:
     def _choose_devices(self, request: LoadRequest) -> tuple[str, ...]:
         """A device a rank: those that a request names by uuid, index or `cpu`; else those with most room.
 
+        A request that names devices and no number of ranks wants a rank on each.
         Each rank has a device of its own, but that the processor takes all ranks of a model, or none.
         """
-        ranks = request.tensor_parallel or 1
+        ranks = request.tensor_parallel or len(request.devices or ()) or 1
         if ranks > MOST_RANKS:
             raise BadRequest(f"tensor_parallel can be at most {MOST_RANKS}.", param="tensor_parallel")
         if request.devices is None:

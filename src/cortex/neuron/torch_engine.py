@@ -87,12 +87,7 @@ class TorchFactory:
         ranks = len(order.devices)
         with open_checkpoint(Path(order.path)) as checkpoint:
             shape = read_shape(checkpoint)
-            quant = (order.quant or "").lower()
-            if quant not in QUANTS:
-                check_quant(order.quant, checkpoint)
-        dtype = order.dtype or (quant if quant in QUANTS else self._dtype) or DTYPES[0]
-        if dtype not in DTYPES:
-            raise BadRequest(f"There is no dtype {dtype!r}; it is {', '.join(DTYPES)}.", param="dtype")
+            dtype = self._form(order, checkpoint)
         hindrance = indivisible(shape, ranks)
         if hindrance is not None:
             raise BadRequest(f"{order.model_id}: {hindrance}", param="tensor_parallel")
@@ -116,6 +111,24 @@ class TorchFactory:
             limit=Limit(context=context, input=context, output=context),
             detail=_Detail(dtype, cache_tokens, checkpoints, self._options),
         )
+
+    def _form(self, order: LoadOrder, checkpoint: Checkpoint) -> str:
+        """How the weights are to be held, one of DTYPES. Raises BadRequest."""
+        quant = (order.quant or "").lower()
+        if quant not in QUANTS:
+            check_quant(order.quant, checkpoint)
+            dtype = order.dtype or self._dtype or DTYPES[0]
+        elif order.dtype in (None, quant):
+            dtype = quant
+        else:
+            raise BadRequest(
+                f"quant = {order.quant!r} and dtype = {order.dtype!r} contradict each other: both say how "
+                f"the weights are held. Give one of them.",
+                param="quant",
+            )
+        if dtype not in DTYPES:
+            raise BadRequest(f"There is no dtype {dtype!r}; it is {', '.join(DTYPES)}.", param="dtype")
+        return dtype
 
     async def load(self, plan: LoadPlan, report: Callable[[Progress], None]) -> LoadedModel:
         """Running workers and the model's text side. Raises LoadFailed, also what a worker refused."""
