@@ -81,6 +81,22 @@ def test_a_plan_has_states_for_all_who_run_and_for_those_that_are_kept(make_tiny
     assert TorchFactory().plan(tight).detail.checkpoints == tight.memory_bytes // 8 // state
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_states_that_are_kept_lie_on_the_host_whatever_the_model_runs_on(
+    make_tiny: Callable[..., Any], ranks: int
+) -> None:
+    path = make_tiny("qwen3_5_text").directory
+    with open_checkpoint(path) as checkpoint:
+        state = read_shape(checkpoint).state_bytes
+    devices = tuple(f"GPU-{rank}" for rank in range(ranks))
+    tight = order(path, devices=devices, memory_bytes=PROCESS_BYTES + 64 * MIB, state_bytes=10 * state)
+    plan = TorchFactory().plan(tight)
+    assert plan.detail.checkpoints == 10, "which are not taken from the device's budget"
+    assert plan.bytes_per_device == {**dict.fromkeys(devices, tight.memory_bytes), "cpu": 10 * state}
+    without = TorchFactory().plan(order(path, devices=devices, prefix_cache=False))
+    assert list(without.bytes_per_device) == list(devices)
+
+
 def test_a_budget_is_taken_as_it_is_and_the_cache_gets_what_is_left(tiny: Path) -> None:
     with open_checkpoint(tiny) as checkpoint:
         shape = read_shape(checkpoint)

@@ -80,7 +80,8 @@ class TorchFactory:
 
         Without a budget: weights, a cache for two full contexts, and the process. With one, the cache
         takes what weights and process leave. Of several ranks each has its share of weights and cache and
-        a process; those on the same device share its budget. Raises BadRequest for options that do not
+        a process; those on the same device share its budget. States that are kept lie on the host, also of
+        what runs elsewhere. Raises BadRequest for options that do not
         exist here, for a budget that is too small and for ranks that cannot divide the model, LoadFailed
         for a checkpoint that cannot be run.
         """
@@ -95,19 +96,21 @@ class TorchFactory:
         together = max(order.devices.count(device) for device in order.devices)
         fixed = rank_weight_bytes(shape, ranks, dtype) + PROCESS_BYTES
         checkpoints = _checkpoints(shape, order)
-        # Those that run have theirs on the device, what is kept lies on the host.
-        slots = order.max_running + (checkpoints if order.devices[0] == CPU else 0)
-        fixed += slots * share.state_bytes
+        on_host = order.devices[0] == CPU
+        fixed += (order.max_running + checkpoints * on_host) * share.state_bytes
         if order.memory_bytes is None:
             cache_tokens = 2 * shape.max_position
             size = together * (fixed + cache_tokens * share.kv_bytes_per_token)
         else:
             cache_tokens = _cache_within(order.memory_bytes, together, fixed, share, order)
             size = order.memory_bytes
+        sizes = dict.fromkeys(order.devices, size)
+        if checkpoints and not on_host:
+            sizes[CPU] = ranks * checkpoints * share.state_bytes
         context = min(shape.max_position, cache_tokens)
         return LoadPlan(
             order=order,
-            bytes_per_device=dict.fromkeys(order.devices, size),
+            bytes_per_device=sizes,
             limit=Limit(context=context, input=context, output=context),
             detail=_Detail(dtype, cache_tokens, checkpoints, self._options),
         )
@@ -195,11 +198,13 @@ def _cache_within(budget: int, together: int, fixed: int, share: ModelShape, ord
 
 
 def _checkpoints(shape: ModelShape, order: LoadOrder) -> int:
-    """How many states fit into what the order allows for them, on all ranks together."""
+    """How many states fit into what the order allows for them, on all ranks together. Of the host's budget
+    for a model that runs there, they get their share.
+    """
     if not shape.state_bytes or not order.prefix_cache:
         return 0
     allowed = order.state_bytes
-    if order.memory_bytes is not None:
+    if order.memory_bytes is not None and order.devices[0] == CPU:
         allowed = min(allowed, order.memory_bytes // STATES_SHARE)
     return allowed // shape.state_bytes
 
