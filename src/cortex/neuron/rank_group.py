@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final, Self
 
 import msgspec
@@ -24,7 +24,7 @@ from cortex.neuron.engine.messages import (
     Report,
     Threads,
 )
-from cortex.neuron.processes import WarmServer
+from cortex.neuron.processes import WarmServer, to_its_end
 from cortex.neuron.worker_process import FINE, WorkerProcess
 from cortex.wire.errors import LoadFailed
 from cortex.wire.node import Progress
@@ -194,15 +194,6 @@ class RankGroup:
                     said[rank] = f"{report.reason}, and "
                     if report.in_step:
                         self._failed_step = f"{report.reason} on rank {rank} of {len(self._workers)}"
-
-
-async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await `work` however often the caller is cancelled meanwhile: its memory counts until it is back."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([task])
-    task.result()
 
 
 def _part(threads: int, rank: int, world: int) -> int:

@@ -19,8 +19,8 @@ from cortex.neuron.engine.messages import Load
 from cortex.neuron.models.division import indivisible, largest_share, rank_weight_bytes
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape
-from cortex.neuron.processes import WarmServer
-from cortex.neuron.rank_group import RankGroup, to_its_end
+from cortex.neuron.processes import WarmServer, to_its_end
+from cortex.neuron.rank_group import RankGroup
 from cortex.neuron.text.codec import codec_from_directory, codec_from_gguf
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
 from cortex.neuron.worker_engine import WorkerEngine, WorkerModel
