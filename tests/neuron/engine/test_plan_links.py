@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 
@@ -129,6 +130,22 @@ def test_what_is_said_of_other_ranks_is_told_from_a_failure_of_ones_own(
     with pytest.raises(Exception) as raised, others_watched():  # noqa: PT011
         raise RuntimeError(said)
     assert type(raised.value) is meant
+
+
+def test_ranks_meet_on_this_host_whatever_the_environment_says(
+    first: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    for name in names:
+        monkeypatch.setenv(name, "eth0")
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda *_, **__: seen.extend(os.environ.get(name) for name in names),
+    )
+    first.meet(torch.device("cpu"))
+    assert seen == ["lo", "lo"]
 
 
 def test_why_ranks_cannot_meet_is_told(first: Ranks, second: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,8 @@ class Ranks:
         return files[0]
 
     def _join(self, device: torch.device, file: int) -> None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        # Whatever the environment says for programs that span hosts: these ranks never leave this one.
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.FileStore(f"/proc/self/fd/{file}", self._share.world),  # type: ignore[attr-defined]
