@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from cortex.neuron.engine.channel import Channel
-from cortex.neuron.engine.messages import Broken, Threads, Unframer, decode_report, frame
+from cortex.neuron.engine.loading import load_model
+from cortex.neuron.engine.messages import Broken, Load, Threads, Unframer, decode_report, frame
 from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.engine.worker import follow
-from cortex.neuron.nn.parallel import RankGone
+from cortex.neuron.nn.parallel import RankGone, RankSilent
 from cortex.neuron.nn.placement import Share
 from cortex.neuron.nn.plan import Segment, StepPlan
+from cortex.wire.errors import LoadFailed
 
 PLAN = StepPlan([5], [Segment(0, 1, [(0, 1)])], [0])
 
@@ -42,7 +46,7 @@ class Bench:
     def __init__(self, sockets: list[socket.socket]) -> None:
         self.node, theirs, self._link, link = sockets
         self.runner = Runner()
-        self._channel = Channel(theirs)
+        self.channel = Channel(theirs)
         self._ranks = Ranks(Share(1, 2), [link])
         self._first = Ranks(Share(0, 2), [self._link])
 
@@ -51,7 +55,7 @@ class Bench:
         for _ in range(plans):
             self._first.tell(PLAN)
         self._link.close()
-        follow(self._channel, self.runner, self._ranks)  # type: ignore[arg-type]
+        follow(self.channel, self.runner, self._ranks)  # type: ignore[arg-type]
 
     def said(self) -> list[object]:
         self.node.setblocking(False)
@@ -98,3 +102,17 @@ def test_of_a_rank_that_has_ended_the_node_knows_itself(bench: Bench) -> None:
     with pytest.raises(RankGone):
         bench.follow(1)
     assert bench.said() == []
+
+
+def test_ranks_that_do_not_meet_are_why_the_load_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file, about which the rest of what can go wrong there is, is not to blame."""
+    for setting in ("set_num_threads", "set_flush_denormal"):
+        monkeypatch.setattr(torch, setting, lambda value: None)
+
+    def meet(device: torch.device) -> None:
+        raise RankSilent("waited 60 s for the other ranks to start, in vain")
+
+    sizes: dict[str, Any] = {"context": 8, "cache_tokens": 8, "prefill_chunk": 8, "threads": 1}
+    order = Load(path="m", dtype="float32", device="cpu", rank=1, world=2, **sizes)
+    with pytest.raises(LoadFailed, match="have not met: this one waited 60 s for the other ranks to start"):
+        load_model(order, bench.channel, SimpleNamespace(meet=meet))  # type: ignore[arg-type]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cortex.neuron.engine import ranks as engine_ranks
 from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.nn.parallel import RankGone, RankSilent, others_watched
 from cortex.neuron.nn.placement import Share
@@ -118,6 +121,8 @@ def test_a_rank_that_ends_before_the_meeting_is_noticed(first: Ranks, pair: Pair
             RankGone,
         ),
         ("Timed out waiting 60000ms for recv operation to complete", RankSilent),
+        ("Wait timeout", RankSilent),
+        ("wait timeout after 100ms, keys: /0", RankSilent),
         ("Application timeout caused pair closure", RankSilent),
         ("Received data size doesn't match expected size", RuntimeError),
         ("connect [127.0.0.1]:9: Connection refused", RuntimeError),
@@ -139,13 +144,28 @@ def test_ranks_meet_on_this_host_whatever_the_environment_says(
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     for name in names:
         monkeypatch.setenv(name, "eth0")
-    monkeypatch.setattr(
-        torch.distributed,
-        "init_process_group",
-        lambda *_, **__: seen.extend(os.environ.get(name) for name in names),
-    )
+    limits: list[datetime.timedelta] = []
+
+    def init(*_: object, timeout: datetime.timedelta, **__: object) -> None:
+        seen.extend(os.environ.get(name) for name in names)
+        limits.append(timeout)
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    group = SimpleNamespace(WORLD=SimpleNamespace(set_timeout=limits.append))
+    monkeypatch.setattr(torch.distributed, "group", group)
     first.meet(torch.device("cpu"))
     assert seen == ["lo", "lo"]
+    assert [limit.total_seconds() for limit in limits] == [engine_ranks.MEETING_S, WATCHDOG_S]
+
+
+def test_ranks_that_do_not_come_are_waited_for_as_long_as_a_meeting_takes(
+    first: Ranks, second: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However short the watchdog is. Rank 1 has not even the way to the meeting; rank 0 is alone there."""
+    monkeypatch.setattr(engine_ranks, "MEETING_S", 0.1)
+    for ranks in (second, first):
+        with pytest.raises(RankSilent, match=r"waited 0\.1 s for the other ranks to start, in vain"):
+            ranks.meet(torch.device("cpu"))
 
 
 def test_why_ranks_cannot_meet_is_told(first: Ranks, second: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,15 +60,18 @@ class Ranks:
         """Join the other ranks for collectives on `device`.
 
         They find each other in a file that is nowhere on disk and known to nobody else; rank 0 hands it on.
-        Raises RankGone, TimeoutError if one does not come, RuntimeError if there is no way between them.
+        Raises RankGone, RankSilent if one does not come, RuntimeError if there is no way between them.
         """
         if not self.others:
             return
         for link in self._links:
             link.settimeout(MEETING_S)
-        file = self._receive_file() if self._share.rank else self._hand_out_file()
-        with others_watched():
-            self._join(device, file)
+        try:
+            file = self._receive_file() if self._share.rank else self._hand_out_file()
+            with others_watched():
+                self._join(device, file)
+        except (TimeoutError, RankSilent):
+            raise RankSilent(f"waited {MEETING_S:g} s for the other ranks to start, in vain") from None
         for link in self._links:
             link.settimeout(None if self._share.rank else self._watchdog_s)
 
@@ -98,8 +101,11 @@ class Ranks:
             store=dist.FileStore(f"/proc/self/fd/{file}", self._share.world),  # type: ignore[attr-defined]
             rank=self._share.rank,
             world_size=self._share.world,
-            timeout=datetime.timedelta(seconds=self._watchdog_s),
+            timeout=datetime.timedelta(seconds=MEETING_S),
         )
+        group = dist.group.WORLD
+        assert group is not None
+        group.set_timeout(datetime.timedelta(seconds=self._watchdog_s))
 
     def tell(self, plan: StepPlan) -> None:
         """From rank 0: what all compute next. Raises RankGone, RankSilent."""

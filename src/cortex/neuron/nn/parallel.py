@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from cortex.neuron.nn.placement import Share
 
 _GONE: Final = ("closed by peer", "reset by peer", "broken pipe", "end of file", "exiting prematurely")
-_SILENT: Final = ("timed out", "timeout caused pair closure")
+_SILENT: Final = ("timed out", "wait timeout", "timeout caused pair closure")
 """What gloo and NCCL say of a rank that has ended, and of one that does not take part."""
 
 
