@@ -52,9 +52,10 @@ def test_a_plan_is_weights_two_contexts_and_the_process(tiny: Path) -> None:
     with open_checkpoint(tiny) as checkpoint:
         shape = read_shape(checkpoint)
     for dtype in ("packed16", "int8", "int4", "float32"):
-        plan = TorchFactory().plan(order(tiny, dtype=dtype))
+        device = "GPU-a" if dtype == "int4" else "cpu"
+        plan = TorchFactory().plan(order(tiny, dtype=dtype, devices=(device,)))
         cache = 2 * shape.max_position * shape.kv_bytes_per_token
-        assert plan.bytes_per_device == {"cpu": shape.weight_bytes(dtype) + cache + PROCESS_BYTES}
+        assert plan.bytes_per_device == {device: shape.weight_bytes(dtype) + cache + PROCESS_BYTES}
         assert plan.limit.context == plan.limit.input == plan.limit.output == shape.max_position
         assert (plan.detail.dtype, plan.detail.cache_tokens) == (dtype, 2 * shape.max_position)
 
@@ -139,6 +140,8 @@ def test_a_quant_that_says_how_weights_are_held_goes_before_the_configured_dtype
     [
         ({"dtype": "packed16", "quant": "int8"}, "quant = 'int8' and dtype = 'packed16' contradict"),
         ({"dtype": "bf17"}, "no dtype 'bf17'; it is packed16, int8, int4, float32"),
+        ({"dtype": "int4"}, "form int4 exists on GPUs only, and m would run on the processor"),
+        ({"quant": "int4", "devices": ("cpu",) * 2}, "form int4 exists on GPUs only"),
         ({"dtype": "float32 "}, "no dtype 'float32 '"),
         ({"quant": "q4_k_m"}, "not of the quantisation 'q4_k_m'"),
         ({"devices": ("cpu",) * 3}, "2 KV heads can neither be divided among 3 ranks"),

@@ -34,6 +34,7 @@ DTYPES: Final = ("packed16", "int8", "int4", "float32")
 """Forms of the weights; the first one is for loads that name none."""
 QUANTS: Final = ("int8", "int4")
 """Those that a load may ask for as its `quant`, whatever the file holds."""
+CUDA_DTYPES: Final = ("int4",)
 MIB: Final = 2**20
 PROCESS_BYTES: Final = 384 * MIB
 """What a worker takes beside weights and cache: its own memory, and that of the step that it computes."""
@@ -131,6 +132,12 @@ class TorchFactory:
             )
         if dtype not in DTYPES:
             raise BadRequest(f"There is no dtype {dtype!r}; it is {', '.join(DTYPES)}.", param="dtype")
+        if dtype in CUDA_DTYPES and CPU in order.devices:
+            raise BadRequest(
+                f"The form {dtype} exists on GPUs only, and {order.model_id} would run on the processor; ask "
+                f"for int8 or packed16 as its dtype.",
+                param="quant" if quant == dtype else "dtype",
+            )
         return dtype
 
     async def load(self, plan: LoadPlan, report: Callable[[Progress], None]) -> LoadedModel:
