@@ -229,15 +229,25 @@ async def test_when_one_rank_ends_all_do_and_it_is_told_which_and_how(
 
 
 @pytest.mark.parametrize(
-    ("in_step", "failed"), [(True, "ran out of memory in a step on rank 1 of 3"), (False, None)]
+    ("cause", "failed"), [("step", "ran out of memory in a step on rank 1 of 3"), ("engine", None)]
 )
-async def test_what_a_rank_said_of_its_end_is_told(bench: Bench, in_step: bool, failed: str | None) -> None:
+async def test_what_a_rank_said_of_its_end_is_told(bench: Bench, cause: Any, failed: str | None) -> None:
     await bench.loaded()
-    bench.workers[1].say(Broken(reason="ran out of memory in a step", in_step=in_step))
+    bench.workers[1].say(Broken(reason="ran out of memory in a step", cause=cause))
     for worker in bench.workers[1:]:
         worker.die(FINE)
     assert await bench.group.ended() == f"lost rank 1 of 3, which ran out of memory in a step, and {FINE}"
     assert bench.group.failed_step == failed
+
+
+async def test_the_rank_that_notices_a_silent_one_is_not_taken_for_it(bench: Bench) -> None:
+    await bench.loaded()
+    bench.workers[1].say(Broken(reason="waited for rank 0 in vain", cause="silence"))
+    bench.workers[1].die(FINE)
+    assert await bench.group.ended() == (
+        f"lost a rank of 3, which did not take part: rank 1 waited for rank 0 in vain, and {FINE}"
+    )
+    assert bench.group.failed_step is None
 
 
 async def test_of_a_model_that_is_not_divided_nobody_hears_of_ranks() -> None:

@@ -172,7 +172,7 @@ class RankGroup:
 
     async def _end_together(self) -> str:
         """End all when one has ended, and tell which one and how."""
-        said: dict[int, str] = {}
+        said: dict[int, Broken] = {}
         listening = [asyncio.ensure_future(self._listen(rank, said)) for rank in range(1, len(self._workers))]
         ends = [asyncio.ensure_future(worker.ended()) for worker in self._workers]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -181,18 +181,22 @@ class RankGroup:
         await asyncio.gather(*ends, *listening)
         # Those that end because another one did, do so in good order.
         rank = min(first, key=lambda rank: (ends[rank].result() == FINE and rank not in said, rank))
-        how = said.get(rank, "") + ends[rank].result()
-        if len(self._workers) == 1 or (rank == 0 and how == FINE):
+        end, world = ends[rank].result(), len(self._workers)
+        broken = said.get(rank)
+        if broken is not None and broken.cause == "silence":
+            return f"lost a rank of {world}, which did not take part: rank {rank} {broken.reason}, and {end}"
+        how = f"{broken.reason}, and {end}" if broken else end
+        if world == 1 or (rank == 0 and how == FINE):
             return how
-        return f"lost rank {rank} of {len(self._workers)}, which {how}"
+        return f"lost rank {rank} of {world}, which {how}"
 
-    async def _listen(self, rank: int, said: dict[int, str]) -> None:
+    async def _listen(self, rank: int, said: dict[int, Broken]) -> None:
         """Hear from a rank other than 0, which speaks only of its end."""
         with contextlib.suppress(ValueError):
             async for report in self._reports[rank]:
                 if isinstance(report, Broken):
-                    said[rank] = f"{report.reason}, and "
-                    if report.in_step:
+                    said[rank] = report
+                    if report.cause == "step":
                         self._failed_step = f"{report.reason} on rank {rank} of {len(self._workers)}"
 
 

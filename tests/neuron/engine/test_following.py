@@ -94,7 +94,7 @@ def test_a_step_that_fails_is_told_as_one(bench: Bench, error: Exception, reason
     bench.runner.fails = error
     bench.follow(2)
     assert bench.runner.plans == [PLAN]
-    assert bench.said() == [Broken(reason=reason, in_step=True)]
+    assert bench.said() == [Broken(reason=reason, cause="step")]
 
 
 def test_of_a_rank_that_has_ended_the_node_knows_itself(bench: Bench) -> None:
