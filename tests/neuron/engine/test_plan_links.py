@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from cortex.neuron.engine import ranks as engine_ranks
-from cortex.neuron.engine.ranks import Ranks
-from cortex.neuron.nn.parallel import RankGone, RankSilent, others_watched
+from cortex.neuron.engine.messages import framed
+from cortex.neuron.engine.ranks import GRACE_S, Ranks
+from cortex.neuron.nn.parallel import RankGone, RankSilent, be_patient, others_watched, sum_over_ranks
 from cortex.neuron.nn.placement import Share
 from cortex.neuron.nn.plan import Segment, StepPlan
 
@@ -98,6 +102,84 @@ def test_a_rank_that_takes_no_plans_is_given_up(first: Ranks, second: Ranks, pai
             first.tell(StepPlan([1] * 100_000, [], []))
 
 
+class StoppedLink:
+    """A link whose process was stopped: when it goes on, the time of its first wait is over."""
+
+    def __init__(self) -> None:
+        self.waits: list[float | None] = []
+        self.sent = b""
+        self._allowed: float | None = WATCHDOG_S
+
+    def settimeout(self, seconds: float | None) -> None:
+        self._allowed = seconds
+
+    def gettimeout(self) -> float | None:
+        return self._allowed
+
+    def recv(self, size: int) -> bytes:
+        self._wait()
+        return b"" if len(self.waits) > 2 else framed(msgspec.msgpack.encode(PLAN))
+
+    def send(self, data: memoryview) -> int:
+        self._wait()
+        self.sent += data[:3]
+        return min(3, len(data))
+
+    def _wait(self) -> None:
+        self.waits.append(self._allowed)
+        if len(self.waits) == 1:
+            raise TimeoutError
+
+
+def test_ranks_that_were_stopped_together_have_a_moment_to_go_on() -> None:
+    link: Any = StoppedLink()
+    assert list(Ranks(Share(1, 2), [link], watchdog_s=60).plans()) == [PLAN]
+    assert link.waits == [WATCHDOG_S, GRACE_S, 60]
+    link = StoppedLink()
+    Ranks(Share(0, 2), [link], watchdog_s=WATCHDOG_S).tell(PLAN)
+    assert link.sent == framed(msgspec.msgpack.encode(PLAN)), "no byte is lost or sent twice"
+    assert set(link.waits) == {WATCHDOG_S}, "which a grace never exceeds"
+
+
+class StoppedWork:
+    def __init__(self, *errors: str) -> None:
+        self.errors = list(errors)
+        self.waits: list[float] = []
+
+    def wait(self, *limits: datetime.timedelta) -> None:
+        self.waits += [limit.total_seconds() for limit in limits]
+        if self.errors:
+            raise RuntimeError(self.errors.pop(0))
+
+
+@pytest.fixture
+def patience() -> Iterator[None]:
+    be_patient(60, 5)
+    yield
+    be_patient()
+
+
+@pytest.mark.parametrize(
+    ("errors", "waits", "raised"),
+    [
+        ([], [60], None),
+        (["Operation timed out!"], [60, 5], None),
+        (["Operation timed out!"] * 2, [60, 5], RankSilent),
+        (["Connection closed by peer"], [60], RankGone),
+        (["Operation timed out!", "Connection closed by peer"], [60, 5], RankGone),
+    ],
+)
+@pytest.mark.usefixtures("patience")
+def test_a_collective_is_waited_for_once_more(
+    monkeypatch: pytest.MonkeyPatch, errors: list[str], waits: list[float], raised: type[Exception] | None
+) -> None:
+    work = StoppedWork(*errors)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, async_op: work)
+    with pytest.raises(raised) if raised else contextlib.nullcontext():
+        sum_over_ranks(torch.zeros(1), Share(0, 2))
+    assert work.waits == waits
+
+
 def test_rank_0_that_ends_before_the_meeting_is_noticed(second: Ranks, pair: Pair) -> None:
     pair[0].close()
     with pytest.raises(RankGone, match="rank 0 has ended"):
@@ -153,7 +235,7 @@ def test_ranks_meet_on_this_host_whatever_the_environment_says(
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
     group = SimpleNamespace(WORLD=SimpleNamespace(set_timeout=limits.append))
     monkeypatch.setattr(torch.distributed, "group", group)
-    first.meet(torch.device("cpu"))
+    first.meet(torch.device("cuda"))
     assert seen == ["lo", "lo"]
     assert [limit.total_seconds() for limit in limits] == [engine_ranks.MEETING_S, WATCHDOG_S]
 

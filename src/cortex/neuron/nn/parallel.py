@@ -6,6 +6,7 @@ Without ranks nothing happens. Knows no layers and not how ranks found each othe
 from __future__ import annotations
 
 import contextlib
+import datetime
 from collections.abc import Iterator
 from typing import Final
 
@@ -21,12 +22,23 @@ _SILENT: Final = ("timed out", "wait timeout", "timeout caused pair closure")
 """What gloo and NCCL say of a rank that has ended, and of one that does not take part."""
 
 
+_waits: Final[list[datetime.timedelta]] = []
+
+
 class RankGone(Exception):
     """Another rank of the model has ended: what all compute together cannot be had any more."""
 
 
 class RankSilent(RankGone):
     """Another rank does not take part for longer than the watchdog allows. The text follows "it"."""
+
+
+def be_patient(*seconds: float) -> None:
+    """From now on collectives on the CPU wait so long for other ranks, one wait after the other: what was
+    stopped as a whole, with the clock going on, has a second one to go on in. Without any they wait as long
+    as the process group says.
+    """
+    _waits[:] = [datetime.timedelta(seconds=wait) for wait in seconds]
 
 
 def sum_over_ranks(partial: Tensor, share: Share) -> Tensor:
@@ -36,7 +48,10 @@ def sum_over_ranks(partial: Tensor, share: Share) -> Tensor:
     """
     if share.world > 1:
         with others_watched():
-            dist.all_reduce(partial)
+            if partial.device.type == "cpu":
+                _complete(dist.all_reduce(partial, async_op=True))
+            else:
+                dist.all_reduce(partial)
     return partial
 
 
@@ -53,7 +68,10 @@ def join_columns(part: Tensor, columns: int, share: Share) -> Tensor:
     part = F.pad(part, (0, widest - part.shape[1]))
     parts = None if share.rank else [torch.empty_like(part) for _ in own]
     with others_watched():
-        dist.gather(part, parts)
+        if part.device.type == "cpu":
+            _complete(dist.gather(part, parts, async_op=True))
+        else:
+            dist.gather(part, parts)
     if parts is None:
         return part
     return torch.cat([one[:, : stop - start] for one, (start, stop) in zip(parts, own, strict=True)], 1)
@@ -73,3 +91,16 @@ def others_watched() -> Iterator[None]:
         if any(words in said for words in _SILENT):
             raise RankSilent("waited for another rank in vain") from error
         raise
+
+
+def _complete(work: dist.Work | None) -> None:
+    assert work is not None, "of no group"
+    for wait in _waits[:-1]:
+        try:
+            work.wait(wait)
+        except RuntimeError as error:
+            if "timed out" not in str(error).lower():
+                raise
+        else:
+            return
+    work.wait(*_waits[-1:])
