@@ -55,6 +55,8 @@ def test_a_special_id_outside_the_vocabulary_is_refused(role: str, id: Any, gguf
         ("qwen2", None, False),
         ("llama-bpe", None, True),
         ("llama-bpe", False, False),
+        ("tekken", None, True),
+        ("qwen35", None, False),
     ],
 )
 def test_bos_is_added_where_the_model_demands_it_and_never_twice(

@@ -22,7 +22,7 @@ from cortex.wire.errors import LoadFailed
 Metadata = Callable[..., dict[str, Any]]
 Trained = Callable[[str], Tokenizer]
 
-KINDS = ("gpt-2", "smollm", "llama-bpe", "qwen2")
+KINDS = ("gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35", "tekken")
 TEXTS = (
     "",
     "Hello world",
@@ -72,7 +72,20 @@ def test_kinds_cut_digits_differently(gguf_metadata: Metadata) -> None:
 
     assert digits("gpt-2") == ["12345"]
     assert digits("llama-bpe") == ["123", "45"]
-    assert digits("qwen2") == digits("smollm") == ["1", "2", "3", "4", "5"]
+    for kind in ("qwen2", "qwen35", "tekken", "smollm"):
+        assert digits(kind) == ["1", "2", "3", "4", "5"]
+
+
+def test_kinds_cut_words_with_marks_and_capitals_differently(gguf_metadata: Metadata) -> None:
+    """A mark that no letter takes in stays with its word in some; a capital begins a word in one."""
+
+    def pieces(kind: str, text: str) -> list[str]:
+        cutter = tokenizer_from_gguf(gguf_metadata(kind)).pre_tokenizer
+        return [text[start:end] for _, (start, end) in cutter.pre_tokenize_str(text)]
+
+    assert pieces("qwen35", "हिन्दी fooBar") == ["हिन्दी", " fooBar"]
+    assert pieces("qwen2", "हिन्दी fooBar") == ["ह", "िन", "्द", "ी", " fooBar"]
+    assert pieces("tekken", "हिन्दी fooBar") == ["हिन्दी", " foo", "Bar"]
 
 
 def test_only_some_kinds_take_a_known_piece_whole(gguf_metadata: Metadata) -> None:
