@@ -49,10 +49,10 @@ def largest_share(shape: ModelShape, ranks: int) -> ModelShape:
     )
 
 
-def rank_weight_bytes(shape: ModelShape, ranks: int, dtype: str) -> int:
-    """Most bytes of one rank's loaded weights; `dtype` as in `messages.Load`."""
+def rank_weight_bytes(shape: ModelShape, ranks: int, dtype: str, *, packs: bool = True) -> int:
+    """Most bytes of one rank's loaded weights; `dtype` and `packs` as in `ModelShape.weight_bytes`."""
     share = largest_share(shape, ranks)
-    size = share.weight_bytes(dtype)
+    size = share.weight_bytes(dtype, packs=packs)
     if shape.experts is None or share.experts is None:
         return size
     others = shape.experts.count - share.experts.count  # which the router knows on every rank
