@@ -133,6 +133,9 @@ def test_ids_that_only_pad_the_embedding_are_no_text(gguf_metadata: Metadata) ->
         ({"merges": ["nosuch token"]}, ["vocabulary cannot be used", "nosuch"]),
         ({"merges": ["unsplit"]}, ["vocabulary cannot be used"]),
         ({"token_type": [1, 1]}, ["2 token types"]),
+        ({"token_type": 3}, ["tokenizer.ggml.token_type", "no list of integers"]),
+        ({"token_type": ["a"]}, ["tokenizer.ggml.token_type", "no list of integers"]),
+        ({"merges": 7}, ["tokenizer.ggml.merges", "no list of texts"]),
     ],
 )
 def test_a_tokenizer_that_cannot_be_rebuilt_is_refused_by_name(
