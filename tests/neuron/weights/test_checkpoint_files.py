@@ -32,8 +32,8 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     ("config", "said"),
     [
         (None, r"config\.json cannot be read"),
-        ("{", "the configuration is not a JSON object"),
-        ("[]", "the configuration is not a JSON object"),
+        ("{", "the configuration is not the JSON"),
+        ("[]", "the configuration is not the JSON"),
         ("{}", r"config\.json names no model_type"),
         ('{"model_type": "llama"}', r"holds no \*\.safetensors file"),
     ],

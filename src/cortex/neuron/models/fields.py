@@ -15,7 +15,7 @@ from cortex.wire.errors import LoadFailed
 MOST: Final = 2**31 - 1
 """Of integers that have no tighter bound; whatever they measure, no model comes near it."""
 MOST_LAYERS: Final = 4096
-"""Thirty times the deepest published model's."""
+"""Thirty times the deepest published model's; every layer is built before its weights are looked for."""
 MOST_PARTS: Final = 2**16
 """Heads of a layer, or its experts: a hundred times those of the widest published model."""
 _MOST_NUMBER: Final = 2.0**53
@@ -106,7 +106,7 @@ class Fields:
     def _check_range(self, key: str, value: int, least: int, most: int) -> None:
         if not least <= value <= most:
             bound = f"at least {least}" if value < least else f"at most {most}"
-            raise LoadFailed(f"{self._path}: {self._prefix}{key} is {value:.6g}; it must be {bound}.")
+            raise LoadFailed(f"{self._path}: {self._prefix}{key} is {value}; it must be {bound}.")
 
     def _number(self, key: str, kind: Any, default: Any) -> Any:
         value = self.get(key, default)

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-import msgspec
-
 from cortex.neuron.weights import gguf, safetensors
+from cortex.neuron.weights.files import map_file, read_json
 from cortex.neuron.weights.layout import TensorInfo, damaged
 from cortex.wire.errors import LoadFailed
 
@@ -51,15 +50,27 @@ class Checkpoint:
         """
         tensor = self.tensors[name]
         begin = tensor.offset + start * tensor.row_bytes
-        return memoryview(self._map(tensor.file))[begin : begin + (stop - start) * tensor.row_bytes]
+        return self.data(tensor.file)[begin : begin + (stop - start) * tensor.row_bytes]
+
+    def data(self, file: Path) -> memoryview:
+        """All bytes of one of the checkpoint's files. Raises LoadFailed as `rows` does."""
+        return memoryview(self._map(file))
+
+    def read_ahead(self, name: str, start: int, stop: int) -> None:
+        """Have the system fetch rows [start, stop) of a tensor from the disk, without waiting for them.
+
+        Raises LoadFailed as `rows` does.
+        """
+        tensor = self.tensors[name]
+        begin = tensor.offset + start * tensor.row_bytes
+        end = tensor.offset + stop * tensor.row_bytes
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            self._map(tensor.file).madvise(mmap.MADV_WILLNEED, page, end - page)
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
-            try:
-                with file.open("rb") as opened:
-                    mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise LoadFailed(f"{file} cannot be read: {error}.") from None
+            mapped = map_file(file)
             if len(mapped) < max(t.offset + t.nbytes for t in self.tensors.values() if t.file == file):
                 mapped.close()
                 raise damaged(file, "the file was cut short while it was in use")
@@ -92,7 +103,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except OSError as error:
         raise LoadFailed(f"{path} cannot be read: {error.strerror or error}.") from None
     if is_directory:
-        config = _read_config(path / CONFIG)
+        config = read_json(path / CONFIG, dict[str, Any], "the configuration")
         model_type = config.get("model_type")
         if not isinstance(model_type, str):
             raise LoadFailed(f"{path / CONFIG} names no model_type.")
@@ -107,13 +118,3 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if parts != 1:
         raise LoadFailed(f"{path} is one of {parts} parts; join them with llama-gguf-split --merge first.")
     return Checkpoint("gguf", path, architecture, header.tensors, metadata=header.metadata)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except OSError as error:
-        raise LoadFailed(f"{path} cannot be read: {error.strerror or error}.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise damaged(path, f"the configuration is not a JSON object ({error})") from None
-    return config
