@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from cortex.neuron.nn.embedding import Embedding
 from cortex.neuron.nn.linear import Linear
 from cortex.neuron.nn.mlp import GatedMLP
+from cortex.neuron.nn.moe import Projection
 from cortex.neuron.nn.norm import FEW_ROWS, RMSNorm
 from cortex.neuron.nn.packing import most_bytes
 from cortex.neuron.nn.placement import Dtype, Placement, Share
@@ -33,6 +34,20 @@ def test_rms_norm_is_its_formula_for_few_and_many_rows(rows: int) -> None:
     exact = x.double()
     expected = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5) * weight
     assert torch.allclose(norm(x).double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_a_router_s_logits_do_not_depend_on_who_computes_them_with_what() -> None:
+    """One row or many, one thread or two: the sums have another order, and what comes of them is the same."""
+    x, weight = random(64, 700), random(96, 700, seed=2)
+    router = Projection(700, 96, EXACT, double=True)
+    router.fill({"weight": weight})
+    together = router(x)
+    assert together.dtype == torch.float32
+    assert torch.equal(torch.cat([router(row) for row in x.split(1)]), together)
+    backwards = Projection(700, 96, EXACT, double=True)
+    backwards.fill({"weight": weight.flip(1)})
+    assert torch.equal(backwards(x.flip(1)), together)
+    assert router.nbytes == 8 * 700 * 96
 
 
 def test_rms_norm_keeps_a_row_of_zeros() -> None:
