@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cortex.neuron.nn.embedding import Embedding
-from cortex.neuron.nn.linear import Linear
+from cortex.neuron.nn.linear import Linear, product
 from cortex.neuron.nn.mlp import GatedMLP
 from cortex.neuron.nn.moe import Projection
 from cortex.neuron.nn.norm import FEW_ROWS, RMSNorm
@@ -69,6 +69,20 @@ def test_a_packed_linear_loses_nothing_but_the_rounding_of_its_form(
     assert (linear(x) - expected).norm() <= most * expected.norm()
     assert linear.nbytes - 200 * biased <= most_bytes(72, 50, dtype)
     assert linear.weight is linear.bias is None
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_with_a_weight_in_fp16_has_rows_of_any_size(size: float, biased: bool) -> None:
+    """Beyond what fp16 can hold too, where some models' activations are, and with rows of zeros."""
+    x, weight, bias = size * random(5, 72), random(50, 72, seed=2).half(), random(50, seed=3)
+    x[1:3] *= torch.tensor([[1e-3], [0.0]])
+    found = product(x, weight, bias if biased else None)
+    expected = F.linear(x.double(), weight.double(), bias.double() if biased else None)
+    assert found.dtype == torch.float32
+    errors, sizes = (found - expected).norm(dim=1), expected.norm(dim=1)
+    assert (errors <= 1e-3 * sizes).all()
+    assert torch.equal(product(x, weight.float()), F.linear(x, weight.float()))
 
 
 def test_a_packed_linear_does_not_mix_rows() -> None:
