@@ -82,12 +82,6 @@ class Runner:
         return self._model(step, self._layers)
 
 
-def graphable(shape: ModelShape) -> bool:
-    """Whether decode steps can be CUDA graphs: not where a step finds out on the host which experts run, or
-    has to find the slots of states."""
-    return shape.experts is None and shape.delta is None
-
-
 def load_runner(
     path: Path,
     placement: Placement,
@@ -127,7 +121,8 @@ def load_runner(
         return Runner(causal, shape, runs, placement, weight_bytes, states=states)
     # The last page is for padding.
     cache = PagedCache(len(layers), cache_rows + PAGE, *sizes, near=near, window=shape.window)
-    if not (cuda.graphs and graphable(shape)):
+    # A graph would have to find the slots of states, and which experts are chosen, anew.
+    if not cuda.graphs or states is not None or shape.experts is not None:
         return Runner(causal, shape, cache, placement, weight_bytes, states=states)
     graphs = DecodeGraphs(
         lambda step: causal(step, cache.layers),
