@@ -342,3 +342,13 @@ def check_copies(cache: Cache, copies: list[Copy]) -> None:
 
 def test_the_cache_measures_itself() -> None:
     assert Cache().nbytes == 2 * ROWS * 2 * KV_HEADS * WIDTH * 4
+
+
+def test_tokens_are_taken_a_whole_window_at_a_time() -> None:
+    """Of so many the last one still sees the first; more views than that would be more work."""
+    step = prepare(StepPlan([0] * 12, [Segment(0, 12, [(0, 12)])], []), CPU, window=4)
+    assert step.near is not None
+    views = step.near.views
+    assert [(view.first, view.last) for view in views if view.causal] == [(0, 4), (4, 8), (8, 12)]
+    before = [(view.first, view.last, view.start, view.length) for view in views if not view.causal]
+    assert before == [(4, 7, 1, 3), (8, 11, 5, 3)]

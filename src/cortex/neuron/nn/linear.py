@@ -52,4 +52,17 @@ class Linear(nn.Module):
         if self.matrix is not None:
             return self.matrix(x)
         assert self.weight is not None
-        return F.linear(x, self.weight.to(x.dtype), self.bias)
+        return product(x, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b: fp32 [T, inputs] -> fp32 [T, outputs]. A weight in fp16 stays as it is, x is rounded.
+
+    Rows are brought to at most 1 before and back afterwards: fp16 ends at 65504, and what some models compute
+    goes beyond it.
+    """
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    scale = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
+    found = F.linear((x / scale).to(weight.dtype), weight).to(x.dtype).mul_(scale)
+    return found if bias is None else found.add_(bias)
