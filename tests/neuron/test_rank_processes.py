@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +240,25 @@ async def test_a_load_that_is_cancelled_leaves_nothing(models_dir: Path) -> None
     with pytest.raises(asyncio.CancelledError):
         await load
     assert processes() == []
+
+
+async def test_a_hybrid_on_ranks_says_what_one_says_and_goes_on_from_a_kept_state(
+    node: RankedNode, models_dir: Path, make_tiny: Callable[..., Any]
+) -> None:
+    """A random model with the tokenizer of the tiny one; turns begin with the same block of tokens."""
+    hybrid = models_dir / "hybrid"
+    others = shutil.ignore_patterns("*.safetensors*", "config.json")
+    shutil.copytree(models_dir / "tiny", hybrid, ignore=others)
+    shutil.copytree(make_tiny("qwen3_5_text", vocab_size=258).directory, hybrid, dirs_exist_ok=True)
+    turns = [{"role": "user", "content": "Hi"}]
+    more = [*turns, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go on"}]
+    said = []
+    for ranks in (1, 2):
+        assert (await node.load(ranks, source="hybrid")).status == 200
+        for messages, known in ((turns, 0), (more, 16)):
+            async with node.ask(messages=messages, max_tokens=30) as exchange:
+                reply = (await exchange.reply()).json()
+            assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == known
+            said.append(reply["choices"])
+        await node.unload()
+    assert said[:2] == said[2:]
