@@ -15,7 +15,7 @@ import msgspec
 from cortex import hookimpl
 from cortex.hookspecs import Codec, EngineFactory, LoadedModel, LoadOrder, LoadPlan
 from cortex.neuron.engine import entry
-from cortex.neuron.engine.messages import Load
+from cortex.neuron.engine.messages import WATCHDOG_S, Load
 from cortex.neuron.models.division import indivisible, largest_share, rank_weight_bytes
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape
@@ -44,6 +44,9 @@ _ROUND: Final = 64
 STATES_SHARE: Final = 8
 """Of a budget, one part in so many is for states that are kept."""
 PREFILL_CHUNK: Final = 512
+PATIENCE: Final = 10
+"""A step of ranks may take so many times as long as one of their waits for each other, which the watchdog
+limits."""
 
 
 class _Detail(msgspec.Struct, frozen=True):
@@ -150,7 +153,11 @@ class TorchFactory:
         except BaseException:
             await to_its_end(ranks.close())
             raise
-        return WorkerModel(WorkerEngine(order.model_id, ranks, ranks.reports), codec)
+        patience_s = None
+        if len(order.devices) > 1:  # a single worker waits for nobody
+            patience_s = PATIENCE * _options(plan).get("watchdog_s", WATCHDOG_S)
+        engine = WorkerEngine(order.model_id, ranks, ranks.reports, patience_s=patience_s)
+        return WorkerModel(engine, codec)
 
     async def start(self) -> None:
         await self._warm.start()
@@ -216,6 +223,10 @@ def _checkpoints(shape: ModelShape, order: LoadOrder) -> int:
     return allowed // shape.state_bytes
 
 
+def _options(plan: LoadPlan) -> dict[str, Any]:
+    return {**plan.detail.options, **plan.order.options}
+
+
 def _order(plan: LoadPlan) -> Load:
     """The order for rank 0 of one."""
     order, detail = plan.order, plan.detail
@@ -231,5 +242,5 @@ def _order(plan: LoadPlan) -> Load:
         max_wait_s=order.max_wait_s,
         prefix_cache=order.prefix_cache,
         checkpoints=detail.checkpoints,
-        options={**detail.options, **order.options},
+        options=_options(plan),
     )
