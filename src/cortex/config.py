@@ -135,7 +135,7 @@ class NeuronConfig(_Section, frozen=True, kw_only=True):
 
     listen: str = "127.0.0.1:13131"
     models_dir: str = "~/.cache/cortex/models"
-    sources: tuple[str, ...] = ("local", "pypi")
+    sources: tuple[str, ...] = ("local", "hf", "pypi")
     node_token: str | None = None
     body_limit_mb: int = 64
     memory_limit_mb: int | None = None

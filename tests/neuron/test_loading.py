@@ -39,7 +39,7 @@ class Bench:
             threads=threads,
         )
 
-    async def locate(self, reference: str, report: object) -> Path:
+    async def locate(self, reference: str, report: object, quant: str | None) -> Path:
         return Path("/models") / reference
 
     async def devices_of(self, **request: object) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ class Node:
         engine = self.engines[order.model_id] = ScriptedEngine()
         return engine
 
-    async def locate(self, reference: str, report: object) -> Path:
+    async def locate(self, reference: str, report: object, quant: str | None) -> Path:
         self.located.append(reference)
         if reference in self.missing:
             raise UnknownModel(f"There is no model {reference!r}.")

@@ -23,6 +23,7 @@ from cortex.neuron.admission import Admission
 from cortex.neuron.api import NodeApi
 from cortex.neuron.chat_api import ChatApi
 from cortex.neuron.hardware import CPU, Hardware
+from cortex.neuron.hub import HubCache
 from cortex.neuron.loading import Loader
 from cortex.neuron.memory import MIB, Ledger, budget_of
 from cortex.neuron.metrics import NeuronMetrics
@@ -158,7 +159,7 @@ def _loader(
 def _references(config: NeuronConfig) -> References:
     models_dir = Path(config.models_dir).expanduser().absolute()
     try:
-        return References(models_dir, WheelCache(models_dir / "cache"), config.sources)
+        return References(models_dir, WheelCache(models_dir / "cache"), config.sources, HubCache())
     except ValueError as error:
         raise ConfigError(f"sources: {error}.") from None
 

@@ -41,7 +41,7 @@ class Loader:
         self,
         *,
         factories: Mapping[str, EngineFactory],
-        locate: Callable[[str, Report], Awaitable[Path]],
+        locate: Callable[[str, Report, str | None], Awaitable[Path]],
         ledger: Ledger,
         available: Callable[[], Mapping[str, int]],
         devices: Sequence[str],
@@ -76,7 +76,7 @@ class Loader:
         Raises BadRequest, Forbidden, UnknownModel, Conflict (no room; shows the ledger), LoadFailed.
         """
         factory = self._factory(request.harness)
-        path = await self._locate(request.source or request.model_id, report)
+        path = await self._locate(request.source or request.model_id, report, request.quant)
         plan = await self._plan(factory, request, path)
         available = await self._off_loop(self._available)
         self._ledger.grant(request.model_id, plan.bytes_per_device, available)

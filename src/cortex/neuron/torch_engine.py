@@ -98,7 +98,7 @@ class TorchFactory:
             raise BadRequest(f"{order.model_id}: {hindrance}", param="tensor_parallel")
         share = largest_share(shape, ranks)
         together = max(order.devices.count(device) for device in order.devices)
-        fixed = rank_weight_bytes(shape, ranks, dtype) + PROCESS_BYTES
+        fixed = rank_weight_bytes(shape, ranks, dtype, packs=order.devices[0] == CPU) + PROCESS_BYTES
         checkpoints = _checkpoints(shape, order)
         on_host = order.devices[0] == CPU
         fixed += (order.max_running + checkpoints * on_host) * share.state_bytes

@@ -145,7 +145,7 @@ def test_the_one_unused_for_longest_gives_way() -> None:
 def test_without_room_or_cache_nothing_is_kept_and_all_is_computed(kept: int, caching: bool) -> None:
     made = scheduler(kept=kept, caching=caching)
     for key in (1, 2):
-        assert run(made, key, message(1, 30))[1] == 0
+        assert run(made, key, message(1, 30)) == ([[0, 30]], 0), "nor is prefill cut"
     assert made.states.kept == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from cortex.neuron.engine.graphs import DecodeGraphs
 from cortex.neuron.engine.paged import PAGE
+from cortex.neuron.engine.runner import CudaOptions, load_runner
+from cortex.neuron.nn.placement import Placement
 from cortex.neuron.nn.plan import Segment, StepPlan
 from cortex.neuron.nn.step import Step
 
@@ -77,3 +80,20 @@ def test_a_bucket_is_captured_once_and_filled_anew_each_time() -> None:
 )
 def test_steps_that_do_more_than_decode_are_not_for_a_graph(plan: StepPlan) -> None:
     assert graphs_on_cpu().logits(plan) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "has_graphs"), [("llama", True), ("qwen3_moe", False), ("qwen3_5_text", False)]
+)
+def test_models_that_decide_on_the_host_have_no_graphs(
+    kind: str, has_graphs: bool, make_tiny: Callable[..., Any]
+) -> None:
+    """Which experts a step needs is read from the device, and a capture ends at that."""
+    runner = load_runner(
+        make_tiny(kind).directory,
+        Placement(torch.device("cpu"), "float32"),
+        cache_rows=2 * PAGE,
+        report=lambda done, total: None,
+        cuda=CudaOptions(paged=True, graphs=True),
+    )
+    assert (runner._graphs is not None) == has_graphs

@@ -268,6 +268,26 @@ def test_any_layout_and_any_steps_give_every_token_what_it_may_see(seed: int, wi
 # --- copies ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("rows", "length", "scores"), [(1, 50, 2**24), (37, 50, 2**24), (37, 50, 1000)])
+def test_plain_attention_is_the_fast_one_however_many_rows_it_takes_at_a_time(
+    rows: int, length: int, scores: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain one is for CUDA devices."""
+    monkeypatch.setattr(module, "SCORES", scores)
+    queries = random(rows, KV_HEADS * GROUP, WIDTH, seed=2)
+    keys, values = random(length, 2, KV_HEADS, WIDTH, seed=3).unbind(1)
+    mask = None
+    if masked:
+        mask = torch.zeros(rows, length).masked_fill_(random(rows, length, seed=4) > 0.5, float("-inf"))
+    found = module._plain(queries, keys, values, WIDTH**-0.5, mask)
+    everything = torch.zeros(rows, length) if mask is None else mask
+    wanted = module._each(queries, keys, values, WIDTH**-0.5, everything)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 1e-5
+
+
 def test_copies_move_rows_of_every_layer_one_after_the_other() -> None:
     copies = [Copy(0, 20, 4), Copy(4, 24, 4), Copy(20, 40, 8), Copy(41, 0, 2)]
     check_copies(Cache(), copies)
@@ -322,3 +342,13 @@ def check_copies(cache: Cache, copies: list[Copy]) -> None:
 
 def test_the_cache_measures_itself() -> None:
     assert Cache().nbytes == 2 * ROWS * 2 * KV_HEADS * WIDTH * 4
+
+
+def test_tokens_are_taken_a_whole_window_at_a_time() -> None:
+    """Of so many the last one still sees the first; more views than that would be more work."""
+    step = prepare(StepPlan([0] * 12, [Segment(0, 12, [(0, 12)])], []), CPU, window=4)
+    assert step.near is not None
+    views = step.near.views
+    assert [(view.first, view.last) for view in views if view.causal] == [(0, 4), (4, 8), (8, 12)]
+    before = [(view.first, view.last, view.start, view.length) for view in views if not view.causal]
+    assert before == [(4, 7, 1, 3), (8, 11, 5, 3)]

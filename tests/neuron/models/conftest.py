@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,85 +12,44 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cortex.neuron.engine.cache import RunCache
+from cortex.neuron.engine.runner import load_runner
 from cortex.neuron.models import registry
-from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape, Rope
 from cortex.neuron.nn.placement import Dtype, Placement
 from cortex.neuron.nn.plan import Run, Segment, StepPlan, parts
-from cortex.neuron.nn.step import Span, States, prepare
-from cortex.neuron.weights.checkpoint import open_checkpoint
-from cortex.neuron.weights.loader import load
 
 CACHE = 400
 """Tokens."""
-
-
-class State(NamedTuple):
-    """Of one layer, for ten sequences, and NaN before they begin."""
-
-    conv: Tensor
-    memory: Tensor
-
-    @staticmethod
-    def of(shape: ModelShape) -> State:
-        sizes = shape.delta
-        assert sizes is not None
-        nothing = float("nan")
-        memory = torch.full((10, sizes.value_heads, sizes.key_width, sizes.value_width), nothing)
-        return State(torch.full((10, sizes.channels, sizes.kernel - 1), nothing), memory)
+SLOTS = 10
+NAN = float("nan")
 
 
 class Computing:
     """A checkpoint as the engine computes it, fp32 unless another form is asked for.
 
-    A sequence's states are those of the row in which it begins.
+    A sequence has the slot of the row in which it begins. What nobody has written is NaN.
     """
 
     def __init__(self, path: Path, dtype: Dtype = "float32") -> None:
         placement = Placement(torch.device("cpu"), dtype)
-        with open_checkpoint(path) as checkpoint:
-            shape = self.shape = read_shape(checkpoint)
-            family = registry.family(shape.architecture)
-            self.model: Any = family.build(shape, placement)
-            sources = family.sources(shape, checkpoint.kind, placement.share)
-            load(self.model, sources, checkpoint, lambda done, total: None)
-        self.weight_bytes = sum(getattr(module, "nbytes", 0) for module in self.model.modules())
-        layers = shape.attention_layers
-        near = [at for at, index in enumerate(layers) if shape.kind(index) == "sliding"]
-        cache = RunCache(len(layers), CACHE, shape.kv_heads, shape.head_dim, placement.device, near=near)
-        self.cache_bytes = cache.nbytes
-        self._cache = cache
+        runner = load_runner(
+            path, placement, cache_rows=CACHE, report=lambda done, total: None, working=SLOTS
+        )
+        runner._cache._stored.fill_(NAN)
+        for state in [] if runner._states is None else runner._states._slots:
+            state.fill_(NAN)
+        self.shape = runner.shape
+        self.weight_bytes, self.cache_bytes = runner.weight_bytes, runner.cache_bytes
+        self._runner = runner
         self._slots: dict[int, int] = {}
-        self._states = {index: State.of(shape) for index in shape.delta_layers}
-        with_keys = iter(cache.layers)
-        self._caches = [self._states.get(index) or next(with_keys) for index in range(shape.layers)]
 
-    @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
         """fp32 [wanted, vocabulary]."""
-        self._cache.copy(plan.copies)
-        step = prepare(plan, torch.device("cpu"), window=self.shape.window)
-        if self._states:
-            step = step._replace(states=self._states_of(plan))
-        found: Tensor = self.model(step, self._caches)
-        return found
-
-    def _states_of(self, plan: StepPlan) -> States:
-        rows, slots, spans, row = [], [], [], 0
-        for part in plan.segments:
-            slot = self._slots.setdefault(part.runs[0][0], len(self._slots))
-            if part.start == 0:
-                for state in self._states.values():
-                    state.conv[slot] = state.memory[slot] = 0
-            if part.length == 1:
-                rows.append(row)
-                slots.append(slot)
-            else:
-                spans.append(Span(row, row + part.length, slot))
-            row += part.length
-        single = (torch.tensor(rows), torch.tensor(slots)) if rows else (None, None)
-        return States(*single, rows == [*range(len(rows))], tuple(spans))
+        segments = [
+            msgspec.structs.replace(part, slot=self._slots.setdefault(part.runs[0][0], len(self._slots)))
+            for part in plan.segments
+        ]
+        return self._runner.logits(msgspec.structs.replace(plan, segments=segments))
 
     def in_chunks(self, ids: list[int], chunks: list[int], runs: list[Run] | None = None) -> Tensor:
         """Logits of every token, computed in chunks of these lengths; `runs` says where if not in a row."""

@@ -84,8 +84,8 @@ def test_one_rank_has_all() -> None:
         assert rank_weight_bytes(SHAPE, 1, dtype) == SHAPE.weight_bytes(dtype)
 
 
-def test_every_rank_has_the_whole_router() -> None:
-    whole = 4 * SHAPE.hidden * 8 * SHAPE.layers
+def test_every_rank_of_several_has_the_whole_router_in_fp64() -> None:
+    whole = 8 * SHAPE.hidden * 8 * SHAPE.layers
     of_share = 4 * SHAPE.hidden * 2 * SHAPE.layers
     assert rank_weight_bytes(SHAPE, 4, "float32") == (
         largest_share(SHAPE, 4).weight_bytes("float32") + whole - of_share

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cortex.neuron.engine.cache import RunCache
 from cortex.neuron.engine.runner import Runner
@@ -57,6 +58,48 @@ def test_every_step_stays_on_the_device(runner: Runner, plan: str) -> None:
     logits = inspect.unwrap(Runner.logits)(runner, PLANS[plan])
     shape = (len(PLANS[plan].wanted), runner.shape.vocab)
     assert (logits.shape, logits.dtype, logits.device) == (shape, torch.float32, DEVICE)
+
+
+class Seen(TorchDispatchMode):
+    """Keeps the dtypes and shapes of all that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: set[tuple[torch.dtype, tuple[int, ...]]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.results.add((result.dtype, tuple(result.shape)))
+        return result
+
+
+@pytest.mark.parametrize("dtype", ["packed16", "int8"])
+def test_no_matrix_in_16_bits_is_turned_into_fp32_while_it_is_used(
+    dtype: Dtype, fake_model: Callable[[str], Any], cuda_shape: ModelShape
+) -> None:
+    """The token table among them, to which the head is tied where it is not quantised."""
+    model = fake_model(dtype)
+    stored = {tuple(p.shape) for p in model.parameters() if p.dtype == torch.float16}
+    assert (cuda_shape.vocab, cuda_shape.hidden) in stored
+    assert len(stored) > 3 or dtype == "int8"
+    cache = RunCache(cuda_shape.layers, 80, cuda_shape.kv_heads, cuda_shape.head_dim, DEVICE, near=[])
+    runner = Runner(model, cuda_shape, cache, Placement(DEVICE, dtype), 0)
+    with Seen() as seen:
+        inspect.unwrap(Runner.logits)(runner, PLANS["decode"])
+    assert len(seen.results) > 10
+    assert not {shape for kind, shape in seen.results if kind == torch.float32} & stored
+
+
+@pytest.mark.parametrize("dtype", ["float32", "packed16", "int8", "int4"])
+def test_a_model_takes_on_the_device_what_was_foretold(
+    dtype: Dtype, fake_model: Callable[[str], Any], cuda_shape: ModelShape
+) -> None:
+    """A tied head that is quantised is a matrix of its own, beside the table."""
+    model = fake_model(dtype)
+    assert (model.head is None) == (dtype in ("float32", "packed16"))
+    taken = sum(getattr(module, "nbytes", 0) for module in model.modules())
+    assert taken == cuda_shape.weight_bytes(dtype, packs=False)
 
 
 @pytest.mark.parametrize(

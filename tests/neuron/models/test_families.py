@@ -138,7 +138,7 @@ def test_greedy_tokens_are_the_references_but_for_ties(made: Any, case: Case, ti
 def test_weights_and_cache_take_what_the_shape_foretold(made: Any) -> None:
     shape = made.shape
     assert made.weight_bytes == shape.weight_bytes("float32")
-    assert made.cache_bytes == 400 * shape.kv_bytes_per_token
+    assert made.cache_bytes == 400 * shape.kv_bytes_per_token + 10 * shape.state_bytes
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated

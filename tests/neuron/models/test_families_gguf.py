@@ -5,6 +5,7 @@ Names of tensors are gguf-py's own; what else the converter does is in conversio
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import gguf
 import numpy
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf import GGUFWriter, quants
 from torch import Tensor
 
 pytestmark = pytest.mark.slow
@@ -43,14 +44,21 @@ ARCHITECTURES = {
     "qwen3_5_moe_text": gguf.MODEL_ARCH.QWEN35MOE,
 }
 IDS = torch.randint(0, 199, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
 Stored = Iterator[tuple[str, Tensor]]
 
 
 def write_gguf(
-    tiny: Any, path: Path, factors: list[float] | None = None, *, mtp: bool = False, newer: bool = False
+    tiny: Any,
+    path: Path,
+    factors: list[float] | None = None,
+    *,
+    mtp: bool = False,
+    newer: bool = False,
+    packed: bool = False,
 ) -> None:
     """`mtp`: with a block behind the others that predicts further tokens. `newer`: with gate and up of
-    experts in one tensor, and the gate of the shared one as a vector."""
+    experts in one tensor, and the gate of the shared one as a vector. `packed`: with experts in Q8_0."""
     config = tiny.model.config
     architecture = ARCHITECTURES[config.model_type]
     blocks = config.num_hidden_layers + mtp
@@ -71,7 +79,12 @@ def write_gguf(
                 numbers = numbers[0]
             stored = names.get_name(converted, try_suffixes=(".weight", ".bias"))
             assert stored is not None, converted
-            writer.add_tensor(f"{stored}.weight" if whole else stored, numbers.contiguous().numpy())
+            stored = f"{stored}.weight" if whole else stored
+            plain = numbers.contiguous().numpy()
+            if packed and "_exps" in stored:
+                writer.add_tensor(stored, quants.quantize(plain, Q8_0), raw_dtype=Q8_0)
+            else:
+                writer.add_tensor(stored, plain)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -198,6 +211,23 @@ def test_experts_may_be_stored_in_two_ways(
     older, newer = (computing(tmp_path / f"{name}.gguf") for name in ("older", "newer"))
     assert (older.shape.experts.stored, newer.shape.experts.stored) == ("stacked", "fused")
     assert torch.equal(older.in_chunks(IDS, [150]), newer.in_chunks(IDS, [150]))
+
+
+def test_experts_may_be_quantised(make_tiny: Callable[..., Any], computing: Any, tmp_path: Path) -> None:
+    """To values that the reference has too."""
+    tiny = make_tiny("qwen3_moe", hidden_size=64, moe_intermediate_size=32, norm_topk_prob=True)
+    tiny = tiny._replace(model=copy.deepcopy(tiny.model))
+    changed = 0.0
+    for name, parameter in tiny.model.named_parameters():
+        if ".experts." in name:
+            quantised = quants.quantize(parameter.numpy(force=True), Q8_0)
+            rounded = torch.from_numpy(quants.dequantize(quantised, Q8_0))
+            changed += float((parameter.detach() - rounded).abs().max())
+            parameter.data.copy_(rounded)
+    assert changed > 0.01
+    write_gguf(tiny, tmp_path / "tiny.gguf", packed=True)
+    found = computing(tmp_path / "tiny.gguf").in_chunks(IDS, [150])
+    assert (found.log_softmax(-1) - tiny.logits(IDS).log_softmax(-1)).abs().max() <= 1e-3
 
 
 def test_frequency_factors_divide_the_frequencies(

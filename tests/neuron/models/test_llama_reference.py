@@ -1,20 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cortex.neuron.engine.runner import Runner, load_runner
-from cortex.neuron.models.reading import read_shape
-from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.nn import matrix
-from cortex.neuron.nn.placement import Dtype, Placement
-from cortex.neuron.nn.plan import Copy, Run, Segment, StepPlan, parts
-from cortex.neuron.weights.checkpoint import open_checkpoint
+from cortex.neuron.nn.placement import Dtype
+from cortex.neuron.nn.plan import Copy, Run, Segment, StepPlan
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,38 +55,20 @@ def expected(tiny: Any) -> Tensor:
 CACHE = 400
 
 
-def runner(path: Path, dtype: Dtype = "float32") -> Runner:
-    placement = Placement(torch.device("cpu"), dtype)
-    return load_runner(path, placement, cache_rows=CACHE, report=lambda done, total: None)
-
-
-def in_chunks(made: Runner, ids: list[int], chunks: list[int], runs: list[Run] | None = None) -> Tensor:
-    """Logits of every token, computed in chunks of these lengths; all in a row unless `runs` says where."""
-    found = []
-    start = 0
-    for length in chunks:
-        part = ids[start : start + length]
-        segment = Segment(start, length, parts(runs or [(0, CACHE)], 0, start + length))
-        found.append(made.logits(StepPlan(part, [segment], list(range(length)))))
-        start += length
-    assert start == len(ids)
-    return torch.cat(found)
-
-
-def test_logits_are_those_of_transformers_in_any_chunks(tiny: Any, expected: Tensor) -> None:
+def test_logits_are_those_of_transformers_in_any_chunks(tiny: Any, expected: Tensor, computing: Any) -> None:
     """150 tokens at once, in chunks, token by token after a prompt: prefill is decode is the reference."""
-    made = runner(tiny.directory)
+    made = computing(tiny.directory)
     for chunks in ([150], [64, 64, 22], [1, 9, 100, 40], [100] + 50 * [1]):
-        assert (in_chunks(made, IDS, chunks) - expected).abs().max() <= 1e-4
+        assert (made.in_chunks(IDS, chunks) - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("runs", [[(7, 1), (3, 1), (20, 300)], [(300, 70), (90, 50), (10, 30)]])
 def test_it_does_not_matter_where_the_cache_has_the_tokens(
-    tiny: Any, expected: Tensor, runs: list[Run]
+    tiny: Any, expected: Tensor, runs: list[Run], computing: Any
 ) -> None:
-    made = runner(tiny.directory)
+    made = computing(tiny.directory)
     for chunks in ([150], [64, 64, 22], [100] + 50 * [1]):
-        assert (in_chunks(made, IDS, chunks, runs) - expected).abs().max() <= 1e-4
+        assert (made.in_chunks(IDS, chunks, runs) - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -105,24 +82,24 @@ def test_it_does_not_matter_where_the_cache_has_the_tokens(
     ],
 )
 def test_packed_logits_are_close_and_as_independent_of_chunks(
-    tiny: Any, expected: Tensor, dtype: Dtype, amx: bool, most: float, most_by_chunks: float
+    tiny: Any, expected: Tensor, dtype: Dtype, amx: bool, most: float, most_by_chunks: float, computing: Any
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matrix, "has_matrix_unit", lambda: amx)
         patch.setattr(matrix, "FEW_WEIGHTS", 0)
-        made = runner(tiny.directory, dtype)
-    whole = in_chunks(made, IDS, [150])
+        made = computing(tiny.directory, dtype)
+    whole = made.in_chunks(IDS, [150])
     assert (whole - expected).abs().max() <= most * expected.abs().max()
-    difference = in_chunks(made, IDS, [60, 70] + 20 * [1]) - whole
+    difference = made.in_chunks(IDS, [60, 70] + 20 * [1]) - whole
     assert difference.abs().max() <= most_by_chunks
     assert difference.norm() <= most_by_chunks / 10 * whole.norm()
 
 
-def test_batch_mates_change_nothing(tiny: Any, expected: Tensor) -> None:
+def test_batch_mates_change_nothing(tiny: Any, expected: Tensor, computing: Any) -> None:
     """Three sequences at different places of their text, in prefill and in decode, in one step."""
-    made = runner(tiny.directory)
-    in_chunks(made, IDS[:40], [40], [(200, 40)])
-    in_chunks(made, IDS[:7], [7], [(50, 5), (60, 2)])
+    made = computing(tiny.directory)
+    made.in_chunks(IDS[:40], [40], [(200, 40)])
+    made.in_chunks(IDS[:7], [7], [(50, 5), (60, 2)])
     segments = [
         Segment(40, 1, [(200, 41)]),
         Segment(7, 30, [(50, 5), (60, 20), (90, 12)]),
@@ -133,10 +110,10 @@ def test_batch_mates_change_nothing(tiny: Any, expected: Tensor) -> None:
     assert (logits - expected[[40, 36, 19]]).abs().max() <= 1e-4
 
 
-def test_sequences_decode_from_a_prefix_that_they_share(tiny: Any, expected: Tensor) -> None:
+def test_sequences_decode_from_a_prefix_that_they_share(tiny: Any, expected: Tensor, computing: Any) -> None:
     """Each goes on from other tokens; one had a part of the prefix copied to rows of its own."""
-    made = runner(tiny.directory)
-    in_chunks(made, IDS[:64], [64], [(0, 64)])
+    made = computing(tiny.directory)
+    made.in_chunks(IDS[:64], [64], [(0, 64)])
     segments = [
         Segment(64, 1, [(0, 64), (100, 1)]),
         Segment(50, 1, [(0, 48), (120, 3)]),
@@ -149,34 +126,34 @@ def test_sequences_decode_from_a_prefix_that_they_share(tiny: Any, expected: Ten
     assert (made.logits(plan) - expected[[64, 50, 48, 66]]).abs().max() <= 1e-4
 
 
-def test_a_step_without_wanted_rows_gives_none(tiny: Any) -> None:
-    assert runner(tiny.directory).logits(StepPlan(IDS[:4], [Segment(0, 4, [(0, 4)])], [])).shape == (0, 199)
+def test_a_step_without_wanted_rows_gives_none(tiny: Any, computing: Any) -> None:
+    assert computing(tiny.directory).logits(StepPlan(IDS[:4], [Segment(0, 4, [(0, 4)])], [])).shape == (
+        0,
+        199,
+    )
 
 
-def test_weights_take_what_the_shape_foretold(tiny: Any) -> None:
-    made = runner(tiny.directory)
-    shape = shape_of(tiny)
+def test_weights_take_what_the_shape_foretold(tiny: Any, computing: Any) -> None:
+    made = computing(tiny.directory)
+    shape = made.shape
     assert made.weight_bytes == shape.weight_bytes("float32")
     assert made.cache_bytes == CACHE * shape.kv_bytes_per_token
     assert shape.max_position == 256
 
 
 @pytest.mark.parametrize("dtype", ["packed16", "int8"])
-def test_packed_weights_take_at_most_what_the_shape_foretold(tiny: Any, dtype: Dtype) -> None:
+def test_packed_weights_take_at_most_what_the_shape_foretold(tiny: Any, dtype: Dtype, computing: Any) -> None:
     """Which form and kernel it will be is not known before the worker has its CPU."""
-    assert runner(tiny.directory, dtype).weight_bytes <= shape_of(tiny).weight_bytes(dtype)
+    made = computing(tiny.directory, dtype)
+    assert made.weight_bytes <= made.shape.weight_bytes(dtype)
 
 
 @pytest.mark.parametrize("dtype", ["packed16", "int8"])
 def test_of_widths_that_models_have_not_much_more_is_foretold_than_taken(
-    make_tiny: Callable[..., Any], dtype: Dtype
+    make_tiny: Callable[..., Any], dtype: Dtype, computing: Any
 ) -> None:
     tiny = make_tiny("llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=1)
-    taken, foretold = runner(tiny.directory, dtype).weight_bytes, shape_of(tiny).weight_bytes(dtype)
+    made = computing(tiny.directory, dtype)
+    taken, foretold = made.weight_bytes, made.shape.weight_bytes(dtype)
     # Foretold is FBGEMM's 16-bit form, which rounds 576 inputs up to 1024; on this CPU it may be another.
     assert 0.6 * foretold <= taken <= foretold
-
-
-def shape_of(tiny: Any) -> ModelShape:
-    with open_checkpoint(tiny.directory) as checkpoint:
-        return read_shape(checkpoint)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from cortex.neuron.models import registry
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import Llama3Scaling, ModelShape, Rope
+from cortex.neuron.nn.placement import Share
 from cortex.neuron.weights.checkpoint import Checkpoint
 from cortex.neuron.weights.layout import TensorInfo
 from cortex.wire.errors import LoadFailed
@@ -241,6 +243,86 @@ def test_sparse_files_of_gemma_mean_what_its_configuration_assumes() -> None:
     assert (shape.query_scale, shape.tied, shape.kinds.count("full")) == (1 / 16, True, 5)
 
 
+def other(architecture: str, *tensors: TensorInfo, **changes: Any) -> Checkpoint:
+    """A GGUF file like `gguf`'s of another architecture."""
+    plain = gguf(tensor("output.weight", 1000, 64), *tensors, **changes)
+    metadata = {key.replace("llama.", f"{architecture}."): value for key, value in plain.metadata.items()}
+    return Checkpoint("gguf", Path("/m/file"), architecture, plain.tensors, metadata=metadata)
+
+
+HYBRID_GGUF = {
+    "block_count": 4,
+    "attention__key_length": 16,
+    "ssm__time_step_rank": 4,
+    "ssm__group_count": 2,
+    "ssm__state_size": 8,
+    "ssm__inner_size": 48,
+    "ssm__conv_kernel": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(8, [0, 0, 0, 2]), ([8] * 4, [2] * 4), ([0, 0, 0, 8], [2, 0, 2, 2, 2])]
+)
+def test_sizes_may_come_layer_by_layer(heads: Any, kv_heads: list[int]) -> None:
+    """With 0 where a layer has no such thing, and with the blocks that are no part of the model."""
+    sizes = {"attention__head_count": heads, "attention__head_count_kv": kv_heads}
+    whole = read_shape(other("qwen35", **HYBRID_GGUF))
+    assert read_shape(other("qwen35", **HYBRID_GGUF, **sizes, feed_forward_length=[128] * 4)) == whole
+    with pytest.raises(LoadFailed, match="not one size that all 1 of 4 layers have"):
+        read_shape(other("qwen35", **HYBRID_GGUF, attention__head_count_kv=[2, 2, 2, 0]))
+
+
+def test_older_files_of_qwen3_next_have_their_projections_in_one_tensor() -> None:
+    for joined, name in ((True, "ssm_in"), (False, "attn_qkv")):
+        shape = read_shape(other("qwen3next", tensor(f"blk.0.{name}.weight", 1, 64), **HYBRID_GGUF))
+        sources = registry.family("qwen3next").sources(shape, "gguf", Share())
+        assert sources["layers.0.attention.projection.weight"][0].tensor == f"blk.0.{name}.weight"
+        assert shape.delta is not None
+        assert (shape.delta.joined_qkvz, shape.delta.joined_ba) == (joined, True)
+
+
+def test_a_second_rope_is_for_layers_with_a_window_alone() -> None:
+    """A Gemma without any has one, as far as the model is concerned, and can be computed with it."""
+    changes = {"model_type": "gemma3_text", "sliding_window": 8}
+    assert read_shape(huggingface(**changes)).local_rope == Rope(1e4)
+    assert read_shape(huggingface(**changes, layer_types=["full_attention"] * 2)).local_rope is None
+    assert read_shape(other("gemma3", attention__sliding_window=8)).local_rope == Rope(1e4)
+    assert read_shape(other("gemma3")).local_rope is None
+
+
+def test_tensors_that_no_model_here_uses_may_be_stored_as_they_like() -> None:
+    """An eye, and what predicts further tokens."""
+    read_shape(huggingface(tensor("mtp.layers.0.mlp.up_proj.weight", 2, 2, dtype="F8_E4M3")))
+    read_shape(huggingface(tensor("model.visual.blocks.0.weight", 2, 2, dtype="F8_E4M3")))
+    read_shape(gguf(tensor("blk.2.attn_q.weight", 64, 64, dtype="IQ4_XS")))
+    with pytest.raises(LoadFailed, match=r"blk\.1\.attn_q\.weight is stored as IQ4_XS"):
+        read_shape(gguf(tensor("blk.1.attn_q.weight", 64, 64, dtype="IQ4_XS")))
+
+
+def test_how_experts_are_stored_is_what_the_model_s_own_layers_say() -> None:
+    sizes = {**EXPERTS, "model_type": "qwen3_5_moe_text", "num_hidden_layers": 4, **HYBRID}
+    sizes |= {"model_type": "qwen3_5_moe_text", "shared_expert_intermediate_size": 8}
+    fused = "mlp.experts.gate_up_proj"
+    for name, stored in (("mtp.layers.0.", "each"), ("model.layers.0.", "fused")):
+        experts = read_shape(huggingface(tensor(name + fused, 5, 96, 64), **sizes)).experts
+        assert experts is not None
+        assert experts.stored == stored
+
+
+def test_what_is_not_packed_takes_no_more_than_its_numbers() -> None:
+    """On CUDA: fp16 with a tied table once; 8 bits and a scale for each output, beside a table of its own."""
+    tied = read_shape(gguf())
+    matrices = [(64, 96), (64, 64), (64, 256), (128, 64)] * 2
+    plain = 1000 * 64 + sum(inputs * outputs for inputs, outputs in matrices)
+    vectors = 4 * (2 * 2 * 64 + 64)
+    assert tied.weight_bytes("packed16", packs=False) == 2 * plain + vectors
+    eight = sum((inputs + 4) * outputs for inputs, outputs in [*matrices, (64, 1000)])
+    assert tied.weight_bytes("int8", packs=False) == 2 * 1000 * 64 + eight + vectors
+    untied = read_shape(gguf(tensor("output.weight", 1000, 64)))
+    assert untied.weight_bytes("packed16", packs=False) == 2 * (plain + 1000 * 64) + vectors
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "said"),
     [
@@ -255,20 +337,50 @@ def test_sparse_files_of_gemma_mean_what_its_configuration_assumes() -> None:
         (huggingface(layer_types=["linear_attention", "full_attention"]), "linear attention in llama"),
         (huggingface(**HYBRID, output_gate_type="sigmoid"), "the output gate 'sigmoid'"),
         (huggingface(**{**HYBRID, "linear_num_value_heads": 3}), "3 value heads cannot share 2 key heads"),
-        (huggingface(**{**HYBRID, "linear_conv_kernel_dim": 0}), "delta kernel is 0"),
+        (
+            huggingface(**{**HYBRID, "linear_conv_kernel_dim": 0}),
+            "conv_kernel_dim is 0; it must be at least 1",
+        ),
         (huggingface(**{**EXPERTS, "num_experts_per_tok": 6}, model_type="qwen3_moe"), "6 of 5 experts"),
-        (huggingface(model_type="mistral", sliding_window=0), "a sliding window of 0"),
+        (huggingface(model_type="mistral", sliding_window=0), "sliding_window is 0"),
         (huggingface(model_type="gemma3_text", use_bidirectional_attention=True), "bidirectional"),
         (huggingface(quantization_config={"quant_method": "awq"}), "the quantization 'awq'"),
         (huggingface(hidden_act="gelu"), "the activation 'gelu'"),
+        (huggingface(hidden_act=["silu"]), "the activation ['silu']"),
+        (huggingface(layer_types=[[], {}]), "the layer type []"),
+        (huggingface(hidden_size=-64), "hidden_size is -64; it must be at least 1"),
+        (
+            huggingface(max_position_embeddings=2**31),
+            "max_position_embeddings is 2147483648; it must be at m",
+        ),
+        (huggingface(num_hidden_layers=10**9), "num_hidden_layers is 1000000000; it must be at most 4096"),
+        (huggingface(num_hidden_layers=10**9, layer_types=[]), "num_hidden_layers is 1000000000"),
+        (huggingface(num_attention_heads=10**9), "num_attention_heads is 1000000000"),
+        (huggingface(**{**EXPERTS, "num_experts": 10**9}, model_type="qwen3_moe"), "num_experts is 10000000"),
+        (huggingface(hidden_size=2**30, intermediate_size=2**30), "it takes 5.07e+19 bytes"),
+        (huggingface(rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
+        (huggingface(rope_theta=0), "rope_theta is 0.0; it must be more than 0"),
+        (huggingface(rope_scaling={"rope_type": "linear", "factor": 0.0}), "factor is 0.0"),
+        (huggingface(model_type="gemma3_text", query_pre_attn_scalar=0), "query_pre_attn_scalar is 0.0"),
+        (huggingface(model_type="gemma3_text", final_logit_softcapping=0), "final_logit_softcapping is 0.0"),
+        (
+            huggingface(model_type="gemma3_text", rope_parameters={"full_attention": 3}),
+            "full_attention in the",
+        ),
+        (gguf(block_count=2**31), "llama.block_count is 2147483648; it must be at most 4096"),
+        (gguf(nextn_predict_layers=2), "llama.nextn_predict_layers is 2; it must be at most 1"),
+        (gguf(attention__head_count=2**31), "head_count is 2147483648"),
+        (gguf(embedding_length=-64), "embedding_length is -64"),
+        (gguf(rope__freq_base=float("inf")), "freq_base is inf"),
         (huggingface(hidden_size=...), "config.json lacks hidden_size"),
         (huggingface(hidden_size="64"), "hidden_size is '64'"),
         (huggingface(num_hidden_layers=True), "num_hidden_layers is True"),
         (huggingface(num_hidden_layers=0), "layers is 0"),
+        (huggingface(vocab_size=10**400), "which is no such number"),
         (huggingface(num_attention_heads=0), "heads is 0"),
         (huggingface(num_key_value_heads=3), "8 heads cannot share 3 KV heads"),
         (huggingface(head_dim=7), "of a head width of 7, 7 cannot be rotated"),
-        (huggingface(tensor("x.weight", 2, 2, dtype="F8_E4M3")), "tensor x.weight is stored as F8_E4M3"),
+        (huggingface(tensor("model.norm.weight", 64, dtype="F8_E4M3")), "norm.weight is stored as F8_E4M3"),
         (
             Checkpoint("safetensors", Path("/m/dir"), "llama", {}, config=CONFIG),
             "lacks tensor lm_head.weight",
@@ -282,7 +394,10 @@ def test_sparse_files_of_gemma_mean_what_its_configuration_assumes() -> None:
         (gguf(rope__scaling__type="yarn"), "the rope scaling 'yarn'"),
         (gguf(rope__dimension_count=4), "a part of the head"),
         (gguf(attention__value_length=16), "a value width"),
-        (gguf(attention__head_count=[8, 8]), "head_count is [8, 8]"),
+        (gguf(attention__head_count=[8, 4]), "head_count is [8, 4], not one size that all 2 of 2 layers"),
+        (gguf(attention__head_count_kv=[0, 2]), "head_count_kv is [0, 2], not one size"),
+        (gguf(feed_forward_length=[128]), "feed_forward_length is [128], not one size"),
+        (gguf(feed_forward_length=[[1], "x"]), "feed_forward_length is [[1], 'x'], not one size"),
         (gguf(tensor("rope_freqs.weight", 3)), "rope_freqs.weight is not fp32 of 4 pairs"),
         (gguf(tensor("blk.0.attn_q.weight", 64, 64, dtype="IQ2_XS")), "stored as IQ2_XS"),
     ],

@@ -390,13 +390,13 @@ def test_plans_of_every_size_arrive_as_they_are_until_the_end(ranks: Any) -> Non
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", ["fused", "llama"])
-def test_a_rank_reads_its_own_rows_only_and_caches_its_own_heads(
+def test_a_rank_reads_its_own_bytes_only_and_caches_its_own_heads(
     ranks: Any, one_rank: Any, name: str
 ) -> None:
-    """Of matrices that are split by their columns it has to read every row."""
+    """And its own columns of matrices that are split by those."""
     row, whole = 4 * HIDDEN, one_rank(name)
     for world in WORLDS:
-        split = LAYERS * (QUERIES + 2 * INNER)
+        split = LAYERS * (2 * QUERIES + 3 * INNER)
         keys = LAYERS * 2 * KEYS
         missing = split * (world - 1) // world + keys // 2
         words = [(rank + 1) * VOCAB // world - rank * VOCAB // world for rank in range(world)]

@@ -33,6 +33,8 @@ WHOLE = Share()
 HIDDEN, EPS = 40, 1e-6
 SHAPE = DeltaShape(key_heads=4, value_heads=12, key_width=16, value_width=8, kernel=4)
 TILED = DeltaShape(4, 12, 16, 8, 4, tiled=True)
+JOINED = DeltaShape(4, 12, 16, 8, 4, joined_qkvz=True, joined_ba=True)
+JOINED_BA = DeltaShape(4, 12, 16, 8, 4, joined_ba=True)
 CHANNELS = 2 * 4 * 16 + 12 * 8
 
 
@@ -123,16 +125,14 @@ class Layout(NamedTuple):
     file: str
     layer: str
     shape: DeltaShape
-    joined_qkvz: bool = False
-    joined_ba: bool = False
 
 
 LAYOUTS = {
     "flat": Layout("flat", "flat", SHAPE),
-    "interleaved": Layout("interleaved", "interleaved", SHAPE, True, True),
+    "interleaved": Layout("interleaved", "interleaved", JOINED),
     "tiled": Layout("tiled.gguf", "flat", TILED),
-    "qwen3next": Layout("next.gguf", "interleaved", SHAPE, False, True),
-    "old-qwen3next": Layout("old.gguf", "interleaved", SHAPE, True, True),
+    "qwen3next": Layout("next.gguf", "interleaved", JOINED_BA),
+    "old-qwen3next": Layout("old.gguf", "interleaved", JOINED),
 }
 
 
@@ -189,14 +189,7 @@ def made(checkpoints: dict[str, Checkpoint]) -> Callable[..., GatedDeltaNet]:
         layout, checkpoint = LAYOUTS[name], checkpoints[name]
         layer = build(layout.shape, Placement(CPU, dtype, share))
         prefix = "blk.0." if checkpoint.kind == "gguf" else "x."
-        sources = delta_sources(
-            prefix,
-            checkpoint.kind,
-            layout.shape,
-            share,
-            joined_qkvz=layout.joined_qkvz,
-            joined_ba=layout.joined_ba,
-        )
+        sources = delta_sources(prefix, checkpoint.kind, layout.shape, share)
         load(layer, sources, checkpoint, lambda done, total: None)
         return layer
 

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cortex.neuron.nn.embedding import Embedding
-from cortex.neuron.nn.linear import Linear
+from cortex.neuron.nn.linear import Linear, product
 from cortex.neuron.nn.mlp import GatedMLP
+from cortex.neuron.nn.moe import Projection
 from cortex.neuron.nn.norm import FEW_ROWS, RMSNorm
 from cortex.neuron.nn.packing import most_bytes
 from cortex.neuron.nn.placement import Dtype, Placement, Share
@@ -35,6 +36,20 @@ def test_rms_norm_is_its_formula_for_few_and_many_rows(rows: int) -> None:
     assert torch.allclose(norm(x).double(), expected, rtol=2e-6, atol=2e-6)
 
 
+def test_a_router_s_logits_do_not_depend_on_who_computes_them_with_what() -> None:
+    """One row or many, one thread or two: the sums have another order, and what comes of them is the same."""
+    x, weight = random(64, 700), random(96, 700, seed=2)
+    router = Projection(700, 96, EXACT, double=True)
+    router.fill({"weight": weight})
+    together = router(x)
+    assert together.dtype == torch.float32
+    assert torch.equal(torch.cat([router(row) for row in x.split(1)]), together)
+    backwards = Projection(700, 96, EXACT, double=True)
+    backwards.fill({"weight": weight.flip(1)})
+    assert torch.equal(backwards(x.flip(1)), together)
+    assert router.nbytes == 8 * 700 * 96
+
+
 def test_rms_norm_keeps_a_row_of_zeros() -> None:
     norm = RMSNorm(8, 1e-5, EXACT)
     norm.fill({"weight": torch.ones(8)})
@@ -54,6 +69,20 @@ def test_a_packed_linear_loses_nothing_but_the_rounding_of_its_form(
     assert (linear(x) - expected).norm() <= most * expected.norm()
     assert linear.nbytes - 200 * biased <= most_bytes(72, 50, dtype)
     assert linear.weight is linear.bias is None
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_with_a_weight_in_fp16_has_rows_of_any_size(size: float, biased: bool) -> None:
+    """Beyond what fp16 can hold too, where some models' activations are, and with rows of zeros."""
+    x, weight, bias = size * random(5, 72), random(50, 72, seed=2).half(), random(50, seed=3)
+    x[1:3] *= torch.tensor([[1e-3], [0.0]])
+    found = product(x, weight, bias if biased else None)
+    expected = F.linear(x.double(), weight.double(), bias.double() if biased else None)
+    assert found.dtype == torch.float32
+    errors, sizes = (found - expected).norm(dim=1), expected.norm(dim=1)
+    assert (errors <= 1e-3 * sizes).all()
+    assert torch.equal(product(x, weight.float()), F.linear(x, weight.float()))
 
 
 def test_a_packed_linear_does_not_mix_rows() -> None:

@@ -42,6 +42,21 @@ MODEL_JSON = {
             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         ),
     ),
+    "qwen35": (
+        normalizers.NFC,
+        lambda: cut_by(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+            r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
+    ),
+    "tekken": (
+        None,
+        lambda: cut_by(
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
+    ),
 }
 """Normalizer and pre-tokenizer of each family as its models' tokenizer.json spells them."""
 
@@ -58,7 +73,7 @@ def cut_by(pattern: str) -> Any:
 def train(kind: str) -> Tokenizer:
     """The reference: merges learnt with the family's own cutting, then its added tokens."""
     normalizer, cutter = MODEL_JSON[kind]
-    tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind in ("llama-bpe", "tekken")))
     if normalizer is not None:
         tokenizer.normalizer = normalizer()
     tokenizer.pre_tokenizer = cutter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,8 @@ def test_a_special_id_outside_the_vocabulary_is_refused(role: str, id: Any, gguf
         ("qwen2", None, False),
         ("llama-bpe", None, True),
         ("llama-bpe", False, False),
+        ("tekken", None, True),
+        ("qwen35", None, False),
     ],
 )
 def test_bos_is_added_where_the_model_demands_it_and_never_twice(
@@ -141,6 +144,31 @@ def test_a_real_file_gives_a_codec(model: str, ends: set[str], request: pytest.F
     assert "".join(spoken.feed([id]) for id in codec.encode("Grüße 🙂!")) + spoken.flush() == "Grüße 🙂!"
 
 
+LIES: list[Any] = [0, -1, 7, 2**63, 1.5, float("nan"), float("inf"), True, "", "x", "\0{{", [], ["x"], [[]]]
+LIES += [[2**63] * 3, [None], ["{{ x"]]
+
+
+def test_whatever_metadata_say_there_is_a_codec_or_a_refusal(gguf_metadata: Metadata) -> None:
+    more = {"bos_token_id": 1, "eot_token_id": 2, "add_bos_token": True, "padding_token_id": 3}
+    truth = gguf_metadata("gpt-2", **more) | {
+        "tokenizer.chat_template": "{{ messages }}",
+        "tokenizer.chat_templates": ["tool_use"],
+        "tokenizer.chat_template.tool_use": "{{ tools }}",
+        "general.sampling.temp": 0.5,
+        "general.sampling.top_k": 20,
+        "general.sampling.penalty_repeat": 1.5,
+    }
+    refused = 0
+    for key in truth:
+        for lie in LIES:
+            try:
+                codec_from_gguf({**truth, key: lie}).encode("the")
+            except LoadFailed as error:
+                refused += 1
+                assert "tokenizer" in error.message or "vocabulary" in error.message
+    assert refused > 4 * len(LIES)
+
+
 # --- directories ----------------------------------------------------------------------------------
 
 
@@ -211,6 +239,29 @@ def test_the_template_s_own_file_comes_first(directory: Callable[..., Path]) -> 
     assert codec_from_directory(path).render([USER]) == "in json"
     directory(chat_template="in jinja")
     assert codec_from_directory(path).render([USER]) == "in jinja"
+
+
+def test_whatever_files_say_beside_the_tokenizer_there_is_a_codec_or_a_refusal(
+    directory: Callable[..., Path],
+) -> None:
+    files: dict[str, dict[str, Any]] = {
+        "config": {"eos_token_id": 3, "text_config": {"eos_token_id": [2]}},
+        "generation_config": {"eos_token_id": [1], "top_k": 3, "repetition_penalty": 1.5},
+        "tokenizer_config": {
+            "bos_token": {"content": "a"},
+            "eos_token": "b",
+            "add_bos_token": True,
+            "chat_template": [{"name": "default", "template": "x"}],
+        },
+    }
+    lies = [lie for lie in LIES if lie == lie and lie not in (float("inf"), 7)]
+    for name, content in files.items():
+        for key in content:
+            for lie in [*lies, {}, {"content": []}, [{"name": [], "template": 3}], 10**400, "\ud800"]:
+                with contextlib.suppress(LoadFailed):
+                    codec = codec_from_directory(directory(**{name: json.dumps({**content, key: lie})}))
+                    assert all(0 <= id < 2**31 for id in codec.stop_ids)
+        (directory() / f"{name}.json").unlink()
 
 
 @pytest.mark.parametrize("name", ["config", "generation_config", "tokenizer_config"])

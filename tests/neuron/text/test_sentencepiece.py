@@ -89,6 +89,7 @@ def test_no_bos_where_the_file_says_so() -> None:
     [
         ({"scores": None}, "scores are not one for each"),
         ({"scores": [0.0]}, "scores are not one for each"),
+        ({"scores": ["a"] * (5 + 256 + len(PIECES))}, "scores are not one for each"),
         ({"unknown_token_id": 9999}, "unknown_token_id is 9999"),
         ({"tokens": None}, "tokenizer.ggml.tokens"),
     ],

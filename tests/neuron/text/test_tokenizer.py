@@ -22,7 +22,7 @@ from cortex.wire.errors import LoadFailed
 Metadata = Callable[..., dict[str, Any]]
 Trained = Callable[[str], Tokenizer]
 
-KINDS = ("gpt-2", "smollm", "llama-bpe", "qwen2")
+KINDS = ("gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35", "tekken")
 TEXTS = (
     "",
     "Hello world",
@@ -72,7 +72,20 @@ def test_kinds_cut_digits_differently(gguf_metadata: Metadata) -> None:
 
     assert digits("gpt-2") == ["12345"]
     assert digits("llama-bpe") == ["123", "45"]
-    assert digits("qwen2") == digits("smollm") == ["1", "2", "3", "4", "5"]
+    for kind in ("qwen2", "qwen35", "tekken", "smollm"):
+        assert digits(kind) == ["1", "2", "3", "4", "5"]
+
+
+def test_kinds_cut_words_with_marks_and_capitals_differently(gguf_metadata: Metadata) -> None:
+    """A mark that no letter takes in stays with its word in some; a capital begins a word in one."""
+
+    def pieces(kind: str, text: str) -> list[str]:
+        cutter = tokenizer_from_gguf(gguf_metadata(kind)).pre_tokenizer
+        return [text[start:end] for _, (start, end) in cutter.pre_tokenize_str(text)]
+
+    assert pieces("qwen35", "हिन्दी fooBar") == ["हिन्दी", " fooBar"]
+    assert pieces("qwen2", "हिन्दी fooBar") == ["ह", "िन", "्द", "ी", " fooBar"]
+    assert pieces("tekken", "हिन्दी fooBar") == ["हिन्दी", " foo", "Bar"]
 
 
 def test_only_some_kinds_take_a_known_piece_whole(gguf_metadata: Metadata) -> None:
@@ -120,6 +133,9 @@ def test_ids_that_only_pad_the_embedding_are_no_text(gguf_metadata: Metadata) ->
         ({"merges": ["nosuch token"]}, ["vocabulary cannot be used", "nosuch"]),
         ({"merges": ["unsplit"]}, ["vocabulary cannot be used"]),
         ({"token_type": [1, 1]}, ["2 token types"]),
+        ({"token_type": 3}, ["tokenizer.ggml.token_type", "no list of integers"]),
+        ({"token_type": ["a"]}, ["tokenizer.ggml.token_type", "no list of integers"]),
+        ({"merges": 7}, ["tokenizer.ggml.merges", "no list of texts"]),
     ],
 )
 def test_a_tokenizer_that_cannot_be_rebuilt_is_refused_by_name(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,13 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize as reference
 from gguf.quants import quantize
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cortex.neuron.weights import loader
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
-from cortex.neuron.weights.loader import CHUNK, load
+from cortex.neuron.weights.loader import load
+from cortex.neuron.weights.reading import CHUNK, Parameter, Stored, row_count, stored_bytes
 from cortex.neuron.weights.source import Piece, Source, whole
 from cortex.wire.errors import LoadFailed
 
@@ -54,7 +58,7 @@ class Taker(nn.Module):
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        self.given.append(tensors)
+        self.given.append(dict(tensors))
 
 
 def filled(checkpoint: Checkpoint, taker: Taker, **sources: Source) -> Mapping[str, Tensor]:
@@ -100,7 +104,7 @@ def test_columns_of_long_rows_are_cut_chunk_by_chunk(checkpoint: Checkpoint) -> 
     source = (Piece("long", columns=(CHUNK - 5, CHUNK)),)
     load(taker, {"w": source}, checkpoint, lambda done, total: told.append((done, total)))
     assert torch.equal(taker.given[0]["w"], torch.ones(3, 5))
-    assert told[-1] == (3 * CHUNK * 2, 3 * CHUNK * 2)  # rows are read whole
+    assert told[-1] == (3 * 5 * 2, 3 * 5 * 2)
 
 
 def test_rotary_halves_become_pairs_within_each_head(checkpoint: Checkpoint) -> None:
@@ -110,6 +114,29 @@ def test_rotary_halves_become_pairs_within_each_head(checkpoint: Checkpoint) -> 
     order = [head + part for head in range(0, 48, 12) for i in range(6) for part in (i, i + 6)]
     assert torch.equal(given["w"], torch.from_numpy(UPPER[order]))
     assert torch.equal(given["b"], torch.from_numpy(VECTOR[order]))
+
+
+SOURCES: dict[str, Source] = {
+    "whole": whole("upper"),
+    "pairs": (Piece("upper", pairs=12),),
+    "joined": (Piece("lower", 3, 7), Piece("upper", 12, 36, pairs=8), Piece("lower", 8, change="one_plus")),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_any_rows_of_a_parameter_are_those_of_the_whole(checkpoint: Checkpoint, name: str) -> None:
+    read: list[int] = []
+    source = SOURCES[name]
+    height = sum(row_count(piece, checkpoint.tensors[piece.tensor]) for piece in source)
+    parameter = Parameter((height, 64), torch.float32, source, Stored(checkpoint), read.append)
+    everything = parameter[:]
+    for start in range(0, height, 5):
+        for stop in range(start, height + 1, 3):
+            assert torch.equal(parameter[start:stop], everything[start:stop])
+    read.clear()
+    for start in range(height):
+        parameter[start : start + 1]
+    assert sum(read) == sum(stored_bytes(piece, checkpoint.tensors[piece.tensor]) for piece in source)
 
 
 def test_rows_of_a_stack_of_matrices_are_counted_through(checkpoint: Checkpoint) -> None:
@@ -130,7 +157,10 @@ def test_parameters_are_handed_over_in_their_own_dtype(checkpoint: Checkpoint) -
     assert torch.equal(given["w"], LOWER_NUMBERS.half())
 
 
-def test_progress_counts_the_bytes_that_are_read_up_to_all_of_them(checkpoint: Checkpoint) -> None:
+def test_progress_counts_the_bytes_that_are_read_up_to_all_of_them(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "TOLD_BYTES", CHUNK * 2)
     told: list[tuple[int, int]] = []
     sources = {"w": whole("long"), "b": (Piece("vector", 0, 10),)}
     taker = Taker(w=(3, CHUNK), b=(10,))
@@ -187,20 +217,69 @@ class Abort(Exception):
     pass
 
 
-def test_an_abort_frees_everything(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    taker = Taker(w=(48, 64), long=(3, CHUNK))
-    watched = weakref.ref(taker)
+def test_an_abort_stops_modules_that_are_being_filled_and_frees_everything(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that reads on and on ends at its next chunk, no other is begun, and nothing holds the tree."""
+    monkeypatch.setattr(loader, "TOLD_BYTES", 1)
+    ended = threading.Event()
+
+    class Endless(Taker):
+        def fill(self, tensors: Mapping[str, Tensor]) -> None:
+            try:
+                while True:
+                    tensors["w"]
+            finally:
+                ended.set()
 
     def abort(done: int, total: int) -> None:
         if done:
             raise Abort
 
+    tree = nn.ModuleDict({"a": Endless(w=(48, 64)), "b": Taker(w=(48,))})
     with pytest.raises(Abort):
-        load(taker, {"w": whole("upper"), "long": whole("long")}, checkpoint, abort)
-    assert taker.given == []
-    del taker
+        load(tree, {"a.w": whole("upper"), "b.w": whole("vector")}, checkpoint, abort)
+    assert ended.is_set()
+    assert tree["b"].given == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fill")]
+    watched = weakref.ref(tree)
+    del tree
     gc.collect()
     assert watched() is None
+
+
+def test_modules_are_filled_side_by_side_within_the_bytes_of_the_largest(checkpoint: Checkpoint) -> None:
+    """Two small ones together take as much on the way as the large one, which is alone."""
+    under_way: list[str] = []
+    seen: set[frozenset[str]] = set()
+    together = threading.Barrier(2, timeout=10)
+
+    class Watched(Taker):
+        def fill(self, tensors: Mapping[str, Tensor]) -> None:
+            (size,) = (tensor.shape[0] for tensor in tensors.values())
+            under_way.append(str(size))
+            if size == 24:
+                together.wait()
+            seen.add(frozenset(under_way))
+            if size == 24:
+                together.wait()
+            under_way.remove(str(size))
+
+    tree = nn.ModuleDict({"a": Watched(w=(24, 64)), "b": Watched(w=(24, 64)), "c": Watched(w=(48, 64))})
+    sources = {"a.w": (Piece("upper", 0, 24),), "b.w": (Piece("upper", 24),), "c.w": whole("upper")}
+    load(tree, sources, checkpoint, lambda done, total: None, threads=3)
+    assert seen == {frozenset({"24"}), frozenset({"48"})}
+
+
+def test_a_tensor_that_does_not_fit_is_named_with_its_shard(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, 3)}, tmp_path / "one.safetensors")
+    save_file({"b": torch.ones(3, 3)}, tmp_path / "two.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with (
+        open_checkpoint(tmp_path) as shards,
+        pytest.raises(LoadFailed, match=r"two\.safetensors: .*b \[3, 3\]"),
+    ):
+        load(Taker(w=(4, 3)), {"w": whole("b")}, shards, lambda done, total: None)
 
 
 def test_a_module_that_cannot_be_filled_fails_the_load(checkpoint: Checkpoint) -> None:

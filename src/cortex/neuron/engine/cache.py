@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Collection, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from cortex.neuron.nn.step import Step, View
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 """Scales by 1 / sqrt(width) by itself, as `_plain` does; gives the log of the sum of exponentials too."""
+
+SCORES: Final = 2**24
+"""Elements of scores that plain attention computes at a time."""
 
 
 class RunCache:
@@ -160,16 +164,30 @@ def _each(
 def _plain(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain operations, for every device; without a mask every row sees everything."""
+    """The same in plain operations, for every device; without a mask every row sees everything.
+
+    All heads of a group are rows of their KV head, so that keys and values are not copied for each; and so
+    many rows are taken at a time that their scores stay within SCORES.
+    """
     rows, heads, width = queries.shape
-    _, kv_heads, _ = keys.shape
-    grouped = queries.view(rows, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3)
-    scores = torch.matmul(grouped, keys.permute(1, 2, 0).unsqueeze(1)) * scale
-    if mask is not None:
-        scores = scores + mask
-    weight = scores.logsumexp(-1)
-    seen = torch.matmul((scores - weight.unsqueeze(-1)).exp(), values.transpose(0, 1).unsqueeze(1))
-    return seen.permute(2, 0, 1, 3).reshape(rows, heads, width), weight.permute(2, 0, 1).reshape(rows, heads)
+    length, kv_heads, _ = keys.shape
+    seen, weights = queries.new_empty(rows, heads, width), queries.new_empty(rows, heads)
+    keys, values = keys.permute(1, 2, 0), values.transpose(0, 1)
+    most = max(1, SCORES // (heads * length))
+    for first in range(0, rows, most):
+        count = min(most, rows - first)
+        own = queries.narrow(0, first, count).view(count, kv_heads, -1, width).transpose(0, 1)
+        own = own.reshape(kv_heads, -1, width)
+        scores = torch.baddbmm(queries.new_empty(1), own, keys, beta=0, alpha=scale)
+        scores = scores.view(kv_heads, count, -1, length)
+        if mask is not None:
+            scores += mask.narrow(0, first, count).unsqueeze(1)
+        weight = scores.logsumexp(-1, keepdim=True)
+        found = torch.bmm(scores.sub_(weight).exp_().view(kv_heads, -1, length), values)
+        found = found.view(kv_heads, count, -1, width).transpose(0, 1)
+        seen.narrow(0, first, count).view(found.shape).copy_(found)
+        weights.narrow(0, first, count).view(found.shape[:3]).copy_(weight.squeeze(-1).transpose(0, 1))
+    return seen, weights
 
 
 def _merge(merged: Tensor, weights: Tensor, view: View, seen: Tensor, weight: Tensor) -> None:

@@ -100,7 +100,7 @@ class StateBooks:
         That is at the end of its first message, which others are likely to begin with too, and of its last
         two, where its next turn will go on. The tokens in `ends` end a message, and so does the prompt's end.
         """
-        if not self.active:
+        if not (self._spare or self._kept):
             return []
         closing = set(ends)
         turns = [at + 1 for at, token in enumerate(tokens) if token in closing]

@@ -121,7 +121,8 @@ def load_runner(
         return Runner(causal, shape, runs, placement, weight_bytes, states=states)
     # The last page is for padding.
     cache = PagedCache(len(layers), cache_rows + PAGE, *sizes, near=near, window=shape.window)
-    if not cuda.graphs or states is not None:  # a graph would have to find the slots of states anew
+    # A graph would have to find the slots of states, and which experts are chosen, anew.
+    if not cuda.graphs or states is not None or shape.experts is not None:
         return Runner(causal, shape, cache, placement, weight_bytes, states=states)
     graphs = DecodeGraphs(
         lambda step: causal(step, cache.layers),

@@ -174,8 +174,7 @@ class Scheduler:
             self._learn(sequence)
             if sequence.marks and sequence.marks[0] == sequence.cached:
                 sequence.marks.pop(0)
-                if self.pool.caching:
-                    self.states.keep(sequence.slot, sequence.blocks[sequence.known - 1])
+                self.states.keep(sequence.slot, sequence.blocks[sequence.known - 1])
         now = self._clock()
         return [
             self._accept(sequence, token, now)
@@ -264,8 +263,9 @@ class Scheduler:
             sequence.cached += match.shared
             pool.release([partial])
         if self.states.active:
-            prompt = sequence.tokens[: sequence.prompt_length]
             sequence.slot = self.states.begin(match)
+        if self.states.active and pool.caching:
+            prompt = sequence.tokens[: sequence.prompt_length]
             sequence.marks = self.states.marks(prompt, sequence.sampling.stop_ids, sequence.cached)
         if not sequence.has_started:
             sequence.hit = sequence.cached

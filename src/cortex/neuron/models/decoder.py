@@ -42,7 +42,7 @@ class Decoder(nn.Module):
         self.embedding = Embedding(shape.vocab, shape.hidden, placement)
         self.layers = nn.ModuleList(layer(shape, placement, index) for index in range(shape.layers))
         self.norm = RMSNorm(shape.hidden, shape.norm_eps, placement)
-        shared = shape.tied and not placement.packed
+        shared = shape.tied and not (placement.packed or placement.quantised)
         self.head = None if shared else Head(shape.hidden, shape.vocab, placement)
 
     def forward(self, step: Step, caches: Sequence[Any]) -> Tensor:

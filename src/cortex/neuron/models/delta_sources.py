@@ -60,14 +60,11 @@ _GGUF: Final = _Names(
 )
 
 
-def delta_sources(
-    prefix: str, kind: str, shape: DeltaShape, share: Share, *, joined_qkvz: bool, joined_ba: bool
-) -> dict[str, Source]:
+def delta_sources(prefix: str, kind: str, shape: DeltaShape, share: Share) -> dict[str, Source]:
     """Of every parameter of `nn.delta.GatedDeltaNet`, by its name in the layer, in a checkpoint of `kind`.
 
     `prefix` is what the layer's tensors have before their own name: `model.layers.3.linear_attn.` in Hugging
-    Face checkpoints, `blk.3.` in GGUF. Joined are Qwen3-Next's tensors there; its GGUF files join b and
-    alpha alone, old ones all.
+    Face checkpoints, `blk.3.` in GGUF.
     """
     names = _Names(*(prefix + name for name in (_GGUF if kind == "gguf" else _HUGGING_FACE)))
     change: Change = "" if kind == "gguf" else "minus_exp"
@@ -75,10 +72,10 @@ def delta_sources(
     heads = part.values(1)
     return {
         "projection.weight": part.joined_qkvz(names.qkvz)
-        if joined_qkvz
+        if shape.joined_qkvz
         else (*part.channels(names.qkv), *_pieces(names.z, part.values(shape.value_width))),
         "gates.weight": part.joined_ba(names.ba)
-        if joined_ba
+        if shape.joined_ba
         else (*_pieces(names.b, heads), *_pieces(names.alpha, heads)),
         "gates.a": tuple(Piece(names.a, *rows, change=change) for rows in heads),
         "gates.dt_bias": _pieces(names.dt_bias, heads),

@@ -49,14 +49,15 @@ def largest_share(shape: ModelShape, ranks: int) -> ModelShape:
     )
 
 
-def rank_weight_bytes(shape: ModelShape, ranks: int, dtype: str) -> int:
-    """Most bytes of one rank's loaded weights; `dtype` as in `messages.Load`."""
+def rank_weight_bytes(shape: ModelShape, ranks: int, dtype: str, *, packs: bool = True) -> int:
+    """Most bytes of one rank's loaded weights; `dtype` and `packs` as in `ModelShape.weight_bytes`."""
     share = largest_share(shape, ranks)
-    size = share.weight_bytes(dtype)
-    if shape.experts is None or share.experts is None:
+    size = share.weight_bytes(dtype, packs=packs)
+    if ranks == 1 or shape.experts is None or share.experts is None:
         return size
-    others = shape.experts.count - share.experts.count  # which the router knows on every rank
-    return size + 4 * shape.hidden * others * sum(map(shape.has_experts, range(shape.layers)))
+    # Every rank has the whole router, in fp64; the share has counted its own part in fp32.
+    more = 2 * shape.experts.count - share.experts.count
+    return size + 4 * shape.hidden * more * sum(map(shape.has_experts, range(shape.layers)))
 
 
 def _divided(shape: ModelShape) -> Iterator[tuple[str, int]]:

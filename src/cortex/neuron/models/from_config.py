@@ -9,8 +9,8 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Final
 
-from cortex.neuron.models.fields import Fields
-from cortex.neuron.models.registry import family_name
+from cortex.neuron.models.fields import MOST_LAYERS, MOST_PARTS, Fields
+from cortex.neuron.models.registry import HYBRID, WITH_EXPERTS, family_name
 from cortex.neuron.models.shape import (
     HEAD_NAMES,
     Activation,
@@ -52,9 +52,7 @@ _KINDS: Final[Mapping[str, Kind]] = {
     "linear_attention": "delta",
 }
 _ACTIVATIONS: Final[Mapping[str, Activation]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_HYBRID: Final = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
-_WITH_EXPERTS: Final = ("qwen3_moe", "qwen3_next", "qwen3_5_moe")
-_QK_NORM: Final = ("qwen3", "qwen3_moe", "gemma3", *_HYBRID)
+_QK_NORM: Final = ("qwen3", "qwen3_moe", "gemma3", *HYBRID)
 
 
 def shape_from_config(checkpoint: Checkpoint) -> ModelShape:
@@ -70,25 +68,25 @@ def shape_from_config(checkpoint: Checkpoint) -> ModelShape:
     tied = head not in checkpoint.tensors
     if tied and not top.flag("tie_word_embeddings"):
         raise LoadFailed(f"{checkpoint.path} lacks tensor {head}, and {CONFIG} ties no embeddings.")
-    layers = fields.integer("num_hidden_layers")
-    heads = fields.integer("num_attention_heads")
-    hidden = fields.integer("hidden_size")
-    width = fields.integer("head_dim", hidden // max(1, heads))
+    layers = fields.size("num_hidden_layers", most=MOST_LAYERS)
+    heads = fields.size("num_attention_heads", most=MOST_PARTS)
+    hidden = fields.size("hidden_size")
+    width = fields.size("head_dim", hidden // heads)
     window = _window(fields, family)
     kinds = _kinds(fields, family, layers, window)
-    experts, dense_layers = _experts(fields, family, layers, checkpoint)
-    is_gemma, is_qwen2, is_hybrid = family == "gemma3", family == "qwen2", family in _HYBRID
+    experts, dense_layers = _experts(fields, family, layers, checkpoint, f"{prefix}layers.")
+    is_gemma, is_qwen2, is_hybrid = family == "gemma3", family == "qwen2", family in HYBRID
     rope, local_rope = _ropes(fields, is_gemma)
     return ModelShape(
         architecture=checkpoint.architecture,
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=fields.integer("num_key_value_heads", heads),
+        kv_heads=fields.size("num_key_value_heads", heads),
         head_dim=width,
-        intermediate=fields.integer("intermediate_size", experts.intermediate if experts else None),
-        vocab=fields.integer("vocab_size"),
-        max_position=fields.integer("max_position_embeddings"),
+        intermediate=fields.size("intermediate_size", experts.intermediate if experts else None),
+        vocab=fields.size("vocab_size"),
+        max_position=fields.size("max_position_embeddings"),
         rope=rope,
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tied=tied,
@@ -103,11 +101,11 @@ def shape_from_config(checkpoint: Checkpoint) -> ModelShape:
         post_norms=is_gemma,
         kinds=kinds,
         window=window if "sliding" in kinds else None,
-        local_rope=local_rope,
-        query_scale=fields.integer("query_pre_attn_scalar") ** -0.5 if is_gemma else None,
+        local_rope=local_rope if "sliding" in kinds else None,
+        query_scale=fields.positive("query_pre_attn_scalar") ** -0.5 if is_gemma else None,
         embedding_scale=_embedding_scale(checkpoint, prefix, hidden) if is_gemma else None,
-        logit_cap=fields.number("final_logit_softcapping") if "final_logit_softcapping" in fields else None,
-        delta=_delta(fields) if "delta" in kinds else None,
+        logit_cap=fields.positive("final_logit_softcapping") if "final_logit_softcapping" in fields else None,
+        delta=_delta(fields, family) if "delta" in kinds else None,
         experts=experts,
         dense_layers=dense_layers,
     )
@@ -122,7 +120,7 @@ def _refuse_quantization(fields: Fields) -> None:
 
 def _activation(fields: Fields) -> Activation:
     name = fields.get("hidden_activation", fields.get("hidden_act", "silu"))
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise fields.refuse(f"the activation {name!r} ({' and '.join(_ACTIVATIONS)} are)")
     return _ACTIVATIONS[name]
 
@@ -134,10 +132,7 @@ def _window(fields: Fields, family: str) -> int | None:
         return None
     if fields.flag("use_bidirectional_attention"):
         raise fields.refuse("bidirectional attention")
-    window = fields.integer("sliding_window")
-    if window < 1:
-        raise fields.refuse(f"a sliding window of {window}")
-    return window
+    return fields.size("sliding_window")
 
 
 def _kinds(fields: Fields, family: str, layers: int, window: int | None) -> tuple[Kind, ...]:
@@ -148,10 +143,10 @@ def _kinds(fields: Fields, family: str, layers: int, window: int | None) -> tupl
         if not isinstance(named, list) or len(named) != layers:
             raise fields.refuse(f"layer_types that are not one for each of {layers} layers")
         for name in named:
-            if name not in _KINDS:
+            if not isinstance(name, str) or name not in _KINDS:
                 raise fields.refuse(f"the layer type {name!r} ({', '.join(_KINDS)} are)")
             kinds.append(_KINDS[name])
-        if "delta" in kinds and family not in _HYBRID:
+        if "delta" in kinds and family not in HYBRID:
             raise fields.refuse(f"linear attention in {family}")
     else:
         kinds = [_kind(fields, family, index) for index in range(layers)]
@@ -162,7 +157,7 @@ def _kinds(fields: Fields, family: str, layers: int, window: int | None) -> tupl
 
 def _kind(fields: Fields, family: str, index: int) -> Kind:
     """Of a layer in a file that does not name its layers' types."""
-    if family in _HYBRID:
+    if family in HYBRID:
         return "delta" if (index + 1) % max(1, fields.integer("full_attention_interval", 4)) else "full"
     if family == "gemma3":
         return "sliding" if (index + 1) % max(1, fields.integer("sliding_window_pattern", 6)) else "full"
@@ -178,8 +173,9 @@ def _ropes(fields: Fields, two: bool) -> tuple[Rope, Rope | None]:
     theta = fields.get("rope_theta", 10000.0)
     if not two:
         return _rope(fields, given or scaling, theta), None
-    full = given.get("full_attention") or scaling
-    local = given.get("sliding_attention") or {}
+    kinds = fields.inner(given, f"the rope parameters of {CONFIG}")
+    full = kinds.section("full_attention") or scaling
+    local = kinds.section("sliding_attention")
     return _rope(fields, full, theta), _rope(fields, local, fields.get("rope_local_base_freq"))
 
 
@@ -187,18 +183,18 @@ def _rope(fields: Fields, plain: dict[str, Any], theta: object) -> Rope:
     rope = fields.inner({"rope_theta": theta, **plain}, f"the rope parameters of {CONFIG}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return Rope(rope.number("rope_theta"))
+        return Rope(rope.positive("rope_theta"))
     if kind == "linear":
-        return Rope(rope.number("rope_theta"), factor=rope.number("factor"))
+        return Rope(rope.positive("rope_theta"), factor=rope.positive("factor"))
     if kind != "llama3":
         raise fields.refuse(f"the rope type {kind!r} (default, linear and llama3 are)")
     return Rope(
-        rope.number("rope_theta"),
+        rope.positive("rope_theta"),
         Llama3Scaling(
-            rope.number("factor"),
-            rope.number("low_freq_factor"),
-            rope.number("high_freq_factor"),
-            rope.integer("original_max_position_embeddings"),
+            rope.positive("factor"),
+            rope.positive("low_freq_factor"),
+            rope.positive("high_freq_factor"),
+            rope.size("original_max_position_embeddings"),
         ),
     )
 
@@ -227,33 +223,39 @@ def _embedding_scale(checkpoint: Checkpoint, prefix: str, hidden: int) -> float:
     return scale
 
 
-def _delta(fields: Fields) -> DeltaShape:
+def _delta(fields: Fields, family: str) -> DeltaShape:
     gate = fields.get("output_gate_type", "silu")
     if gate not in ("silu", "swish"):
         raise fields.refuse(f"the output gate {gate!r} (silu is)")
     return DeltaShape(
-        key_heads=fields.integer("linear_num_key_heads"),
-        value_heads=fields.integer("linear_num_value_heads"),
-        key_width=fields.integer("linear_key_head_dim"),
-        value_width=fields.integer("linear_value_head_dim"),
-        kernel=fields.integer("linear_conv_kernel_dim"),
+        key_heads=fields.size("linear_num_key_heads", most=MOST_PARTS),
+        value_heads=fields.size("linear_num_value_heads", most=MOST_PARTS),
+        key_width=fields.size("linear_key_head_dim"),
+        value_width=fields.size("linear_value_head_dim"),
+        kernel=fields.size("linear_conv_kernel_dim"),
+        joined_qkvz=family == "qwen3_next",
+        joined_ba=family == "qwen3_next",
     )
 
 
 def _experts(
-    fields: Fields, family: str, layers: int, checkpoint: Checkpoint
+    fields: Fields, family: str, layers: int, checkpoint: Checkpoint, prefix: str
 ) -> tuple[ExpertsShape | None, tuple[int, ...]]:
-    """And the layers that have none all the same."""
-    count = fields.integer("num_experts", fields.integer("num_local_experts", 0))
-    if family not in _WITH_EXPERTS or not count:
+    """And the layers that have none all the same. `prefix` is what the names of layers' tensors begin with:
+    the experts of what predicts further tokens may be stored in another way."""
+    if family not in WITH_EXPERTS:
         return None, ()
-    plain = fields.integers("mlp_only_layers")
+    count = fields.integer("num_experts", fields.integer("num_local_experts", 0), most=MOST_PARTS)
+    if not count:
+        return None, ()
+    plain = set(fields.integers("mlp_only_layers"))
     every = max(1, fields.integer("decoder_sparse_step", 1))
-    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in checkpoint.tensors)
+    ours = (name for name in checkpoint.tensors if name.startswith(prefix))
+    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in ours)
     shape = ExpertsShape(
         count=count,
-        active=fields.integer("num_experts_per_tok"),
-        intermediate=fields.integer("moe_intermediate_size"),
+        active=fields.size("num_experts_per_tok"),
+        intermediate=fields.size("moe_intermediate_size"),
         normalised=family == "qwen3_5_moe" or fields.flag("norm_topk_prob"),
         shared_intermediate=0 if family == "qwen3_moe" else fields.integer("shared_expert_intermediate_size"),
         stored="fused" if fused else "each",

@@ -10,16 +10,14 @@ import math
 import struct
 from typing import Final
 
-from cortex.neuron.models.fields import Fields
-from cortex.neuron.models.registry import family_name
+from cortex.neuron.models.fields import MOST_LAYERS, MOST_PARTS, Fields
+from cortex.neuron.models.registry import HYBRID, WITH_EXPERTS, family_name
 from cortex.neuron.models.shape import DeltaShape, ExpertsShape, Kind, ModelShape, Rope
 from cortex.neuron.weights.checkpoint import Checkpoint
 from cortex.wire.errors import LoadFailed
 
 FREQUENCY_FACTORS: Final = "rope_freqs.weight"
 """The tensor in which GGUF files carry Llama 3.1's rope scaling: a divisor for each pair."""
-_HYBRID: Final = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
-_WITH_EXPERTS: Final = ("qwen3_moe", "qwen3_next", "qwen3_5_moe")
 _GEMMA_27B_LAYERS: Final = 62
 """Of the one Gemma 3 whose queries are not divided by the root of the head's width."""
 
@@ -29,21 +27,27 @@ def shape_from_gguf(checkpoint: Checkpoint) -> ModelShape:
     fields = Fields(checkpoint.path, checkpoint.metadata, f"{checkpoint.architecture}.", "the metadata")
     family = family_name(checkpoint.architecture)
     tensors = checkpoint.tensors
-    heads = fields.integer("attention.head_count")
-    hidden = fields.integer("embedding_length")
-    width = fields.integer("attention.key_length", hidden // max(1, heads))
-    if fields.integer("attention.value_length", width) != width:
-        raise fields.refuse("a value width that differs from the key width")
     table = tensors.get("token_embd.weight")
     if table is None:
         raise LoadFailed(f"{checkpoint.path} lacks tensor token_embd.weight.")
     # The blocks for predicting further tokens come last and are no part of the model.
-    layers = fields.integer("block_count") - fields.integer("nextn_predict_layers", 0)
-    experts = _experts(fields, family, checkpoint)
-    rotary = fields.integer("rope.dimension_count", width)
-    if rotary != width and family not in _HYBRID:
-        raise fields.refuse("a rotary embedding of a part of the head")
+    blocks = fields.size("block_count", most=MOST_LAYERS)
+    layers = blocks - fields.integer("nextn_predict_layers", 0, most=blocks - 1)
     kinds = _kinds(fields, family, layers)
+    attend = [kind != "delta" for kind in kinds] or [True] * layers
+    heads = fields.size_of_layers("attention.head_count", attend, most=MOST_PARTS)
+    kv_heads = fields.size_of_layers("attention.head_count_kv", attend, heads, most=MOST_PARTS)
+    hidden = fields.size("embedding_length")
+    width = fields.size("attention.key_length", hidden // heads)
+    if fields.size("attention.value_length", width) != width:
+        raise fields.refuse("a value width that differs from the key width")
+    rotary = fields.size("rope.dimension_count", width)
+    if rotary != width and family not in HYBRID:
+        raise fields.refuse("a rotary embedding of a part of the head")
+    experts = _experts(fields, family, checkpoint)
+    intermediate = fields.size_of_layers(
+        "feed_forward_length", [experts is None] * layers, experts.intermediate if experts else None
+    )
     is_gemma = family == "gemma3"
     first_full = kinds.index("full") if "full" in kinds else 0
     return ModelShape(
@@ -51,11 +55,11 @@ def shape_from_gguf(checkpoint: Checkpoint) -> ModelShape:
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=fields.integer("attention.head_count_kv", heads),
+        kv_heads=kv_heads,
         head_dim=width,
-        intermediate=fields.integer("feed_forward_length", experts.intermediate if experts else None),
+        intermediate=intermediate,
         vocab=table.shape[0],
-        max_position=fields.integer("context_length"),
+        max_position=fields.size("context_length"),
         rope=_rope(fields, checkpoint, width),
         norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
         tied="output.weight" not in tensors,
@@ -65,15 +69,15 @@ def shape_from_gguf(checkpoint: Checkpoint) -> ModelShape:
         activation="gelu_tanh" if is_gemma else "silu",
         rotary_dim=0 if rotary == width else rotary,
         qk_norm=f"blk.{first_full}.attn_q_norm.weight" in tensors,
-        gated=family in _HYBRID,
+        gated=family in HYBRID,
         post_norms=is_gemma,
         kinds=kinds,
-        window=fields.integer("attention.sliding_window") if "sliding" in kinds else None,
-        local_rope=Rope(fields.number("rope.freq_base_swa", 10000.0)) if is_gemma else None,
+        window=fields.size("attention.sliding_window") if "sliding" in kinds else None,
+        local_rope=Rope(fields.positive("rope.freq_base_swa", 10000.0)) if "sliding" in kinds else None,
         query_scale=_query_scale(hidden, heads, width, layers) if is_gemma else None,
         embedding_scale=hidden**0.5 if is_gemma else None,
-        logit_cap=fields.number("final_logit_softcapping") if "final_logit_softcapping" in fields else None,
-        delta=_delta(fields, family) if "delta" in kinds else None,
+        logit_cap=fields.positive("final_logit_softcapping") if "final_logit_softcapping" in fields else None,
+        delta=_delta(fields, family, checkpoint) if "delta" in kinds else None,
         experts=experts,
     )
 
@@ -84,7 +88,7 @@ def _query_scale(hidden: int, heads: int, width: int, layers: int) -> float:
 
 def _kinds(fields: Fields, family: str, layers: int) -> tuple[Kind, ...]:
     """Empty where all layers attend to everything."""
-    if family in _HYBRID:
+    if family in HYBRID:
         every = max(1, fields.integer("full_attention_interval", 4))
         return tuple("delta" if (index + 1) % every else "full" for index in range(layers))
     if family != "gemma3" or "attention.sliding_window" not in fields:
@@ -100,10 +104,10 @@ def _kinds(fields: Fields, family: str, layers: int) -> tuple[Kind, ...]:
 
 
 def _rope(fields: Fields, checkpoint: Checkpoint, width: int) -> Rope:
-    theta = fields.number("rope.freq_base", 10000.0)
+    theta = fields.positive("rope.freq_base", 10000.0)
     scaling = fields.get("rope.scaling.type", "none")
     if scaling == "linear":
-        return Rope(theta, factor=fields.number("rope.scaling.factor"))
+        return Rope(theta, factor=fields.positive("rope.scaling.factor"))
     if scaling != "none":
         raise fields.refuse(f"the rope scaling {scaling!r} (none and linear are)")
     return Rope(theta, divisors=_frequency_factors(checkpoint, width))
@@ -118,32 +122,39 @@ def _frequency_factors(checkpoint: Checkpoint, width: int) -> tuple[float, ...]:
     return struct.unpack(f"<{width // 2}f", checkpoint.rows(tensor.name, 0, tensor.rows))
 
 
-def _delta(fields: Fields, family: str) -> DeltaShape:
-    value_heads = fields.integer("ssm.time_step_rank")
+def _delta(fields: Fields, family: str, checkpoint: Checkpoint) -> DeltaShape:
+    """Files of Qwen3-Next have b and alpha joined, older ones q, k, v and z too."""
+    value_heads = fields.size("ssm.time_step_rank", most=MOST_PARTS)
+    values = fields.size("ssm.inner_size")
+    if values % value_heads:
+        raise fields.refuse(f"{values} elements of {value_heads} value heads")
+    is_next = family == "qwen3_next"
     return DeltaShape(
-        key_heads=fields.integer("ssm.group_count"),
+        key_heads=fields.size("ssm.group_count", most=MOST_PARTS),
         value_heads=value_heads,
-        key_width=fields.integer("ssm.state_size"),
-        value_width=fields.integer("ssm.inner_size") // max(1, value_heads),
-        kernel=fields.integer("ssm.conv_kernel"),
-        tiled=family != "qwen3_next",
+        key_width=fields.size("ssm.state_size"),
+        value_width=values // value_heads,
+        kernel=fields.size("ssm.conv_kernel"),
+        tiled=not is_next,
+        joined_qkvz=is_next and any(name.endswith(".ssm_in.weight") for name in checkpoint.tensors),
+        joined_ba=is_next,
     )
 
 
 def _experts(fields: Fields, family: str, checkpoint: Checkpoint) -> ExpertsShape | None:
-    count = fields.integer("expert_count", 0)
+    count = fields.integer("expert_count", 0, most=MOST_PARTS)
     if not count:
         return None
-    if family not in _WITH_EXPERTS:
+    if family not in WITH_EXPERTS:
         raise fields.refuse("a mixture of experts")
     tensors = checkpoint.tensors
     gates = [tensor for name, tensor in tensors.items() if name.endswith(".ffn_gate_inp_shexp.weight")]
     return ExpertsShape(
         count=count,
-        active=fields.integer("expert_used_count"),
-        intermediate=fields.integer("expert_feed_forward_length"),
+        active=fields.size("expert_used_count"),
+        intermediate=fields.size("expert_feed_forward_length"),
         normalised=fields.flag("expert_weights_norm", True),
-        shared_intermediate=fields.integer("expert_shared_feed_forward_length") if gates else 0,
+        shared_intermediate=fields.size("expert_shared_feed_forward_length") if gates else 0,
         stored="fused" if any(".ffn_gate_up_exps." in name for name in tensors) else "stacked",
         flat_gate=bool(gates) and len(gates[0].shape) == 1,
     )

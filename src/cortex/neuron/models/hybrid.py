@@ -50,10 +50,8 @@ def _delta_net(shape: ModelShape, sizes: DeltaShape, placement: Placement) -> Ga
     )
 
 
-def hybrid_sources(
-    shape: ModelShape, kind: str, share: Share, *, joined_qkvz: bool = False, joined_ba: bool = False
-) -> Sources:
-    """Of every parameter of a `Decoder` of hybrid layers; what is joined, `delta_sources` explains."""
+def hybrid_sources(shape: ModelShape, kind: str, share: Share) -> Sources:
+    """Of every parameter of a `Decoder` of hybrid layers."""
     layout = Layout(shape, kind, share, zero_centred=True)
     found = layout.frame()
     for index in range(shape.layers):
@@ -65,6 +63,6 @@ def hybrid_sources(
             found |= layout.attention(index)
             continue
         prefix = there if layout.is_gguf else f"{there}linear_attn."
-        delta = delta_sources(prefix, kind, shape.delta, share, joined_qkvz=joined_qkvz, joined_ba=joined_ba)
+        delta = delta_sources(prefix, kind, shape.delta, share)
         found |= {f"{here}attention.{name}": source for name, source in delta.items()}
     return found

@@ -18,5 +18,5 @@ def build(shape: ModelShape, placement: Placement) -> Decoder:
 
 
 def sources(shape: ModelShape, kind: str, share: Share) -> Sources:
-    """Of every parameter, in a checkpoint of `kind`. GGUF files have q, k, v and z apart."""
-    return hybrid_sources(shape, kind, share, joined_qkvz=kind != "gguf", joined_ba=True)
+    """Of every parameter, in a checkpoint of `kind`."""
+    return hybrid_sources(shape, kind, share)

@@ -5,13 +5,19 @@ Knows the two formats by their readers, and no torch.
 
 from __future__ import annotations
 
+from typing import Final
+
 from cortex.neuron.models.from_config import shape_from_config
 from cortex.neuron.models.from_gguf import shape_from_gguf
+from cortex.neuron.models.names import GGUF, hugging_face
 from cortex.neuron.models.registry import FAMILIES
-from cortex.neuron.models.shape import DeltaShape, ModelShape
+from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.weights.checkpoint import Checkpoint
 from cortex.neuron.weights.layout import READABLE
 from cortex.wire.errors import LoadFailed
+
+MOST_BYTES: Final = 2**53
+"""Of weights and one context. Sizes that are possible one by one may be none together."""
 
 
 def read_shape(checkpoint: Checkpoint) -> ModelShape:
@@ -27,10 +33,7 @@ def read_shape(checkpoint: Checkpoint) -> ModelShape:
 
 
 def _check(shape: ModelShape, checkpoint: Checkpoint) -> None:
-    positive = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "max_position")
-    for name in positive:
-        if getattr(shape, name) < 1:
-            raise LoadFailed(f"{checkpoint.path}: {name} is {getattr(shape, name)}; it must be at least 1.")
+    """The readers know each number; this is about what they are together."""
     if shape.heads % shape.kv_heads:
         raise LoadFailed(f"{checkpoint.path}: {shape.heads} heads cannot share {shape.kv_heads} KV heads.")
     if shape.head_dim % 2 or shape.rotary % 2 or shape.rotary > shape.head_dim:
@@ -40,29 +43,32 @@ def _check(shape: ModelShape, checkpoint: Checkpoint) -> None:
         )
     if not shape.attention_layers:
         raise LoadFailed(f"{checkpoint.path}: none of its layers has keys and values; one is needed.")
-    if shape.delta is not None:
-        _check_delta(shape.delta, checkpoint)
-    experts = shape.experts
-    if experts is not None and not (0 < experts.active <= experts.count and experts.intermediate > 0):
+    delta, experts = shape.delta, shape.experts
+    if delta is not None and delta.value_heads % delta.key_heads:
         raise LoadFailed(
-            f"{checkpoint.path}: {experts.active} of {experts.count} experts of {experts.intermediate} "
-            "elements cannot be active."
+            f"{checkpoint.path}: {delta.value_heads} value heads cannot share {delta.key_heads} key heads."
         )
+    if experts is not None and experts.active > experts.count:
+        raise LoadFailed(
+            f"{checkpoint.path}: {experts.active} of {experts.count} experts cannot be active at a time."
+        )
+    nbytes = shape.weight_bytes("float32") + shape.max_position * shape.kv_bytes_per_token + shape.state_bytes
+    if nbytes > MOST_BYTES:
+        raise LoadFailed(f"{checkpoint.path}: with its sizes it takes {nbytes:.3g} bytes; none does.")
+    _check_stored(shape, checkpoint)
+
+
+def _check_stored(shape: ModelShape, checkpoint: Checkpoint) -> None:
+    """Whether the model's own tensors can be read; what else there is may be stored as it likes."""
+    names = GGUF if checkpoint.kind == "gguf" else hugging_face(shape.prefix)
+    before, after = names.layer.split("{}")
+    layers = {str(index) for index in range(shape.layers)}
+    frame = {f"{name}.weight" for name in (names.embedding, names.norm, names.head)}
     for tensor in checkpoint.tensors.values():
-        if tensor.name.endswith(".weight") and tensor.dtype not in READABLE:
+        index = tensor.name.removeprefix(before).partition(after)[0]
+        is_ours = tensor.name in frame or (tensor.name.startswith(before) and index in layers)
+        if is_ours and tensor.name.endswith(".weight") and tensor.dtype not in READABLE:
             raise LoadFailed(
                 f"{tensor.file}: tensor {tensor.name} is stored as {tensor.dtype}; "
                 f"{', '.join(READABLE)} can be read."
             )
-
-
-def _check_delta(sizes: DeltaShape, checkpoint: Checkpoint) -> None:
-    for name in ("key_heads", "value_heads", "key_width", "value_width", "kernel"):
-        if getattr(sizes, name) < 1:
-            raise LoadFailed(
-                f"{checkpoint.path}: the delta {name} is {getattr(sizes, name)}; it must be at least 1."
-            )
-    if sizes.value_heads % sizes.key_heads:
-        raise LoadFailed(
-            f"{checkpoint.path}: {sizes.value_heads} value heads cannot share {sizes.key_heads} key heads."
-        )

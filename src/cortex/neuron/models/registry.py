@@ -38,6 +38,10 @@ FAMILIES: Final[Mapping[str, str]] = {
     "gemma3_text": f"{_MODULES}gemma3",
 }
 """Architecture, as GGUF and Hugging Face name it, to the module of the family that builds it."""
+HYBRID: Final = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+"""Families that mix layers of attention with layers of Gated DeltaNet."""
+WITH_EXPERTS: Final = ("qwen3_moe", "qwen3_next", "qwen3_5_moe")
+"""Families whose models may have experts."""
 
 
 class Family(Protocol):

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from cortex.neuron.nn.packing import most_bytes
+from cortex.neuron.nn.packing import device_bytes, most_bytes
 
 Kind = Literal["full", "sliding", "delta"]
 """What a layer mixes tokens with: attention to all, attention within the window, or a Gated DeltaNet."""
@@ -42,7 +42,8 @@ class Rope(msgspec.Struct, frozen=True):
 
 class DeltaShape(msgspec.Struct, frozen=True):
     """The sizes of Gated DeltaNet layers. In `tiled` files value head v goes with key head v mod key_heads,
-    in others with v // (value_heads / key_heads).
+    in others with v // (value_heads / key_heads). The checkpoint may have the projections of q, k, v and z
+    in one tensor, key head by key head, and those of b and alpha.
     """
 
     key_heads: int
@@ -51,6 +52,8 @@ class DeltaShape(msgspec.Struct, frozen=True):
     value_width: int
     kernel: int
     tiled: bool = False
+    joined_qkvz: bool = False
+    joined_ba: bool = False
 
     @property
     def groups(self) -> int:
@@ -148,17 +151,21 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         """The layers that have a state."""
         return tuple(index for index in range(self.layers) if self.kind(index) == "delta")
 
-    def weight_bytes(self, dtype: str) -> int:
-        """Most bytes of the loaded weights on one device, `dtype` as in `messages.Load`."""
+    def weight_bytes(self, dtype: str, *, packs: bool = True) -> int:
+        """Most bytes of the loaded weights on one device, `dtype` as in `messages.Load`; `packs` says that it
+        packs matrices for a kernel, as CPUs do."""
         table = self.vocab * self.hidden
-        matrices = [pair for index in range(self.layers) for pair in self._matrices(index)]
+        matrices = [sizes for index in range(self.layers) for sizes in self._matrices(index)]
         vectors = sum(map(self._vectors, range(self.layers))) + self.hidden
-        if dtype != "float32":
-            # Packed matrices cannot be looked up in, so a tied table is there twice.
-            packed = sum(most_bytes(*sizes, dtype) for sizes in matrices)
-            return 2 * table + most_bytes(self.hidden, self.vocab, dtype) + packed + 4 * vectors
-        plain = table * (1 if self.tied else 2) + sum(inputs * outputs for inputs, outputs in matrices)
-        return 4 * (plain + vectors)
+        if dtype == "float32":
+            plain = sum(count * inputs * outputs for count, inputs, outputs in matrices)
+            return 4 * (table * (1 if self.tied else 2) + plain + vectors)
+        cost = most_bytes if packs else device_bytes
+        total = sum(count * cost(inputs, outputs, dtype) for count, inputs, outputs in matrices)
+        # Matrices in another form cannot be looked up in, so a tied table is there twice.
+        is_shared = self.tied and dtype == "packed16" and not packs
+        head = 0 if is_shared else cost(self.hidden, self.vocab, dtype)
+        return 2 * table + head + total + 4 * vectors
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -178,21 +185,20 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     def _qkv_rows(self) -> int:
         return (self.heads * (2 if self.gated else 1) + 2 * self.kv_heads) * self.head_dim
 
-    def _matrices(self, index: int) -> Iterator[tuple[int, int]]:
-        """Inputs and outputs of a layer's matrices, fused as the model has them."""
+    def _matrices(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """How many matrices a layer has of which inputs and outputs, fused as the model has them."""
         if self.delta is not None and self.kind(index) == "delta":
-            yield self.hidden, self.delta.channels + self.delta.values
-            yield self.delta.values, self.hidden
+            yield 1, self.hidden, self.delta.channels + self.delta.values
+            yield 1, self.delta.values, self.hidden
         else:
-            yield self.hidden, self._qkv_rows
-            yield self.heads * self.head_dim, self.hidden
+            yield 1, self.hidden, self._qkv_rows
+            yield 1, self.heads * self.head_dim, self.hidden
         if self.experts is None or not self.has_experts(index):
-            yield from _gated(self.hidden, self.intermediate)
+            yield from _gated(1, self.hidden, self.intermediate)
             return
-        for _ in range(self.experts.count):
-            yield from _gated(self.hidden, self.experts.intermediate)
+        yield from _gated(self.experts.count, self.hidden, self.experts.intermediate)
         if self.experts.shared_intermediate:
-            yield from _gated(self.hidden, self.experts.shared_intermediate)
+            yield from _gated(1, self.hidden, self.experts.shared_intermediate)
 
     def _vectors(self, index: int) -> int:
         """Numbers of a layer that are fp32 in every form: norms, biases, gates, convolution, router."""
@@ -209,5 +215,5 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         return count + self.hidden * (self.experts.count + (self.experts.shared_intermediate > 0))
 
 
-def _gated(hidden: int, intermediate: int) -> tuple[tuple[int, int], ...]:
-    return (hidden, 2 * intermediate), (intermediate, hidden)
+def _gated(count: int, hidden: int, intermediate: int) -> tuple[tuple[int, int, int], ...]:
+    return (count, hidden, 2 * intermediate), (count, intermediate, hidden)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cortex.neuron.nn.linear import Linear
+from cortex.neuron.nn.linear import Linear, product
 from cortex.neuron.nn.parallel import join_columns, sum_over_ranks
 from cortex.neuron.nn.placement import Placement, empty, placed
 
@@ -43,8 +43,7 @@ class Embedding(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Logits against the table itself: [T, width] -> [T, vocabulary], see `join_columns`."""
-        own = F.linear(x, self.weight.to(x.dtype))
-        return join_columns(own, self._vocabulary, self._placement.share)
+        return join_columns(product(x, self.weight), self._vocabulary, self._placement.share)
 
 
 class Head(nn.Module):

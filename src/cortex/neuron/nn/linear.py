@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cortex.neuron.nn.matrix import Matrix, pack
+from cortex.neuron.nn.filling import rows
+from cortex.neuron.nn.matrix import Matrix, pack, staged_bytes
 from cortex.neuron.nn.placement import Placement, empty, placed
 from cortex.neuron.nn.quant import quantise
 
@@ -25,21 +26,24 @@ class Linear(nn.Module):
         self.matrix: Matrix | None = None
         self.nbytes = 0
         """Bytes of the filled layer."""
+        self.staged = staged_bytes(outputs, inputs, placement.dtype) if placement.packed else None
+        """Bytes that filling takes on the way; None for those of the parameters."""
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes `weight` and, with a bias, `bias` from the host; fp32 where they change their form."""
-        weight, bias = tensors["weight"], tensors.get("bias")
+        bias = tensors.get("bias")
         placement = self._placement
         self.nbytes = 0 if bias is None else bias.nbytes
         if placement.packed or placement.quantised:
             if placement.packed:
-                matrix = pack(weight, bias, placement.dtype)
+                matrix = pack(rows(tensors, "weight"), bias, placement.dtype)
             else:
-                matrix = quantise(weight, bias, placement.dtype, placement.device)
+                matrix = quantise(tensors["weight"], bias, placement.dtype, placement.device)
             self.nbytes += matrix.nbytes
             self.matrix = matrix
             self.weight = self.bias = None
             return
+        weight = tensors["weight"]
         self.weight = placed(weight, placement)
         self.bias = None if bias is None else placed(bias, placement)
         self.nbytes += weight.nbytes
@@ -48,4 +52,17 @@ class Linear(nn.Module):
         if self.matrix is not None:
             return self.matrix(x)
         assert self.weight is not None
-        return F.linear(x, self.weight.to(x.dtype), self.bias)
+        return product(x, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b: fp32 [T, inputs] -> fp32 [T, outputs]. A weight in fp16 stays as it is, x is rounded.
+
+    Rows are brought to at most 1 before and back afterwards: fp16 ends at 65504, and what some models compute
+    goes beyond it.
+    """
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    scale = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
+    found = F.linear((x / scale).to(weight.dtype), weight).to(x.dtype).mul_(scale)
+    return found if bias is None else found.add_(bias)

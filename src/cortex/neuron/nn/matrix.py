@@ -8,11 +8,16 @@ So a row's result never depends on its batch mates. Knows nothing of layers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Final, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from cortex.neuron.nn import blocked
+from cortex.neuron.nn.blocked import TILE
+from cortex.neuron.nn.filling import Rows
 from cortex.neuron.nn.packing import integer_bytes, packed_bytes
 
 # Tensors, as a number would be made into one at every call.
@@ -22,6 +27,8 @@ _HALF: Final = torch.tensor(128.0)
 _HALF_BIT: Final = torch.tensor(128, dtype=torch.int16)
 FEW_WEIGHTS: Final = 5_000_000
 """Up to so many, splitting and joining two planes costs a decode step more than their product saves."""
+RUN: Final = 2**17
+"""Weights that are packed at a time: few enough for the caches with all that is made of them on the way."""
 
 
 class Matrix(Protocol):
@@ -37,16 +44,27 @@ class Matrix(Protocol):
 class HalfMatrix:
     """Weights rounded to fp16, everything else fp32: FBGEMM's `linear_dynamic_fp16`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, rows: Rows, bias: Tensor | None) -> None:
+        weight = rows[:]
+        self.nbytes = packed_bytes(*reversed(weight.shape))
         sums = weight.sum(1)
         if not sums.isfinite().all():  # FBGEMM would clamp such weights, and hide that they are damaged
             bias = (torch.zeros_like(sums) if bias is None else bias) + sums * 0
         self._packed: Any = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        self.nbytes = packed_bytes(*reversed(weight.shape))
 
     def __call__(self, x: Tensor) -> Tensor:
         product: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x, self._packed)
         return product
+
+
+class Packing(Protocol):
+    """A matrix of an integer kernel in the making."""
+
+    def put(self, first: int, weight: Tensor) -> None:
+        """int8 [n, inputs] as outputs `first` and on."""
+
+    def finish(self, scale: Tensor) -> Any:
+        """The packed matrix, once every output was put, with its fp32 [outputs]."""
 
 
 class IntegerKernel(Protocol):
@@ -54,8 +72,8 @@ class IntegerKernel(Protocol):
 
     base: int
 
-    def pack(self, weight: Tensor, scale: Tensor) -> Any:
-        """From int8 [outputs, inputs] and fp32 [outputs]."""
+    def begin(self, outputs: int, inputs: int) -> Packing:
+        """An empty matrix."""
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 [T, inputs] as lower rows, then upper rows [2T, inputs], and the scale of each row [T, 1]."""
@@ -64,17 +82,46 @@ class IntegerKernel(Protocol):
         """Rows as from `split`, any number of them, times the weights and their scale: fp32."""
 
 
+class _Collected:
+    """Keeps the weights as they are until all are there."""
+
+    def __init__(self, outputs: int, inputs: int, pack: Callable[[Tensor, Tensor], Any]) -> None:
+        self._weight = torch.empty(outputs, inputs, dtype=torch.int8)
+        self._pack = pack
+
+    def put(self, first: int, weight: Tensor) -> None:
+        self._weight[first : first + len(weight)] = weight
+
+    def finish(self, scale: Tensor) -> Any:
+        return self._pack(self._weight, scale)
+
+
+class _Placed(blocked.BlockedMatrix):
+    def finish(self, scale: Tensor) -> Any:
+        return _onednn_operands(self.packed, scale)
+
+
 class OneDnn:
     """oneDNN's int8 product, on CPUs with VNNI or AMX. A plane holds [-128, 127]."""
 
     base = 256
 
+    def __init__(self) -> None:
+        self._known: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()
+        """By shape a packed matrix, somewhere in use, whose layout `blocked` can write."""
+
+    def begin(self, outputs: int, inputs: int) -> Packing:
+        alike = self._known.get((outputs, inputs))
+        if alike is None:
+            return _Collected(outputs, inputs, self.pack)
+        return _Placed(alike.clone(), outputs, inputs)
+
     def pack(self, weight: Tensor, scale: Tensor) -> Any:
-        return (
-            torch.ops.onednn.qlinear_prepack(weight, None),
-            scale,
-            torch.zeros(scale.shape, dtype=torch.int64),
-        )
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        if blocked.known(packed, weight):
+            outputs, inputs = weight.shape
+            self._known[outputs, inputs] = packed
+        return _onednn_operands(packed, scale)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows, inputs = x.shape
@@ -93,12 +140,19 @@ class OneDnn:
         return product
 
 
+def _onednn_operands(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return packed, scale, torch.zeros(scale.shape, dtype=torch.int64)
+
+
 class Fbgemm:
     """FBGEMM's int8 product, for CPUs with AVX2 alone. A plane holds [-63, 63]: one bit less than its
     kernels take, as those add two products in 16 bits.
     """
 
     base = 127
+
+    def begin(self, outputs: int, inputs: int) -> Packing:
+        return _Collected(outputs, inputs, self.pack)
 
     def pack(self, weight: Tensor, scale: Tensor) -> Any:
         zero = torch.zeros(scale.shape, dtype=torch.int64)
@@ -118,6 +172,30 @@ class Fbgemm:
         return product
 
 
+class _FixedPoint:
+    """Turns runs of fp32 rows into planes of int8 [planes, rows, inputs], upper plane first."""
+
+    def __init__(self, planes: int, rows: int, step: int, inputs: int) -> None:
+        self.planes = torch.empty(planes, rows, inputs, dtype=torch.int8)
+        self._number = torch.empty(min(rows, step), inputs)
+        self._both = torch.empty(min(rows, step), inputs, dtype=torch.int16)
+
+    def write(self, run: Tensor, at: int) -> Tensor:
+        """fp32 [n, inputs] into the planes' rows `at` and on; gives their scales, fp32 [n]."""
+        count = len(run)
+        place = slice(at, at + count)
+        largest = torch.maximum(run.amax(1), run.amin(1).neg_())
+        scale = largest.div_(127 if len(self.planes) == 1 else 127 * 256).clamp_min_(1e-30)
+        number = torch.div(run, scale.unsqueeze(1), out=self._number[:count]).round_()
+        if len(self.planes) == 1:
+            self.planes[0, place] = number
+            return scale
+        both = self._both[:count].copy_(number)
+        self.planes[1, place] = both  # of 16 bits the lower eight
+        self.planes[0, place] = both.add_(128).bitwise_right_shift_(8)
+        return scale
+
+
 class IntegerMatrix:
     """`planes` 1 keeps weights in 8 bits, 2 in 16; each output has a scale of its own.
 
@@ -126,19 +204,25 @@ class IntegerMatrix:
     of the activations one batch.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, planes: int, kernel: IntegerKernel) -> None:
+    def __init__(self, weight: Rows, bias: Tensor | None, planes: int, kernel: IntegerKernel) -> None:
+        outputs, inputs = weight.shape
         self._kernel = kernel
         self._bias = bias
-        self._outputs = weight.shape[0] if planes == 2 else None
-        most = 127 if planes == 1 else 127 * 256
-        scale = weight.abs().amax(1).div_(most).clamp_min_(1e-30)
-        number = weight.div(scale.unsqueeze(1)).round_()
-        if planes == 2:
-            upper = number.add(128).div_(256).floor_()
-            number = torch.cat((upper, number.sub_(upper, alpha=256)))
-            scale = torch.cat((scale * 256, scale))
-        self._packed = kernel.pack(number.to(torch.int8), scale)
-        self.nbytes = integer_bytes(weight.shape[1], weight.shape[0], planes)
+        self._outputs = outputs if planes == 2 else None
+        packing = kernel.begin(planes * outputs, inputs)
+        scale = torch.empty(outputs)
+        step = max(1, RUN // inputs)
+        group = max(TILE, step // TILE * TILE)
+        fixed = _FixedPoint(planes, group, step, inputs)
+        for first in range(0, outputs, group):
+            count = min(group, outputs - first)
+            for at in range(0, count, step):
+                run = weight[first + at : first + min(count, at + step)]
+                scale[first + at : first + at + len(run)] = fixed.write(run, at)
+            for plane in range(planes):
+                packing.put(plane * outputs + first, fixed.planes[plane, :count])
+        self._packed = packing.finish(scale if planes == 1 else torch.cat((scale * 256, scale)))
+        self.nbytes = integer_bytes(inputs, outputs, planes)
 
     def __call__(self, x: Tensor) -> Tensor:
         kernel = self._kernel
@@ -167,10 +251,24 @@ def has_matrix_unit() -> bool:
     return torch.cpu._is_amx_tile_supported() and isinstance(integer_kernel(), OneDnn)
 
 
-def pack(weight: Tensor, bias: Tensor | None, dtype: str) -> Matrix:
+def pack(weight: Rows, bias: Tensor | None, dtype: str) -> Matrix:
     """The matrix in the form that `dtype` (`packed16` or `int8`) means on this CPU."""
+    outputs, inputs = weight.shape
+    planes = _planes(outputs, inputs, dtype)
+    return IntegerMatrix(weight, bias, planes, integer_kernel()) if planes else HalfMatrix(weight, bias)
+
+
+def staged_bytes(outputs: int, inputs: int, dtype: str) -> int:
+    """Most bytes that `pack` takes on the way, beside the finished matrix."""
+    planes = _planes(outputs, inputs, dtype)
+    if not planes:
+        return 4 * outputs * inputs
+    copies = 1 if isinstance(integer_kernel(), OneDnn) else 2  # FBGEMM packs from a copy
+    return copies * planes * outputs * inputs
+
+
+def _planes(outputs: int, inputs: int, dtype: str) -> int:
+    """Of an integer matrix; 0 for one of fp16."""
     if dtype == "int8":
-        return IntegerMatrix(weight, bias, 1, integer_kernel())
-    if has_matrix_unit() and weight.numel() > FEW_WEIGHTS:
-        return IntegerMatrix(weight, bias, 2, integer_kernel())
-    return HalfMatrix(weight, bias)
+        return 1
+    return 2 if has_matrix_unit() and outputs * inputs > FEW_WEIGHTS else 0

@@ -32,21 +32,25 @@ class ExpertSizes(NamedTuple):
 
 
 class Projection(nn.Module):
-    """x Wᵀ in fp32, whatever form other matrices have: [T, hidden] -> [T, outputs]. With `flat`, the weight
-    of the one output comes as a vector."""
+    """x Wᵀ, whatever form other matrices have: fp32 [T, hidden] -> fp32 [T, outputs]. With `flat`, the weight
+    of the one output comes as a vector. With `double` it is computed in fp64: once rounded, the product is
+    then the same in whichever order it was summed, for all practical purposes."""
 
-    def __init__(self, hidden: int, outputs: int, placement: Placement, *, flat: bool = False) -> None:
+    def __init__(
+        self, hidden: int, outputs: int, placement: Placement, *, flat: bool = False, double: bool = False
+    ) -> None:
         super().__init__()
         self._placement = placement
         self._shape = (outputs, hidden)
+        self._dtype = torch.float64 if double else torch.float32
         self.weight = empty(hidden) if flat else empty(outputs, hidden)
-        self.nbytes = 4 * hidden * outputs
+        self.nbytes = self._dtype.itemsize * hidden * outputs
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        self.weight = placed(tensors["weight"].view(self._shape), self._placement)
+        self.weight = placed(tensors["weight"].view(self._shape).to(self._dtype), self._placement)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x.to(self._dtype), self.weight).to(x.dtype)
 
 
 class Experts(nn.Module):
@@ -55,6 +59,8 @@ class Experts(nn.Module):
     [T, hidden].
 
     Of several ranks each has its share of the experts by index, and of the shared one's intermediate width.
+    Each routes for itself, perhaps with another number of threads, and all must choose the same: hence their
+    routers' fp64, which one rank has no use for.
     """
 
     def __init__(self, sizes: ExpertSizes, placement: Placement) -> None:
@@ -63,7 +69,8 @@ class Experts(nn.Module):
         self._sizes = sizes
         self._first, last = placement.share.of(sizes.experts)
         alone = placement._replace(share=Share())
-        self.router = Projection(sizes.hidden, sizes.experts, placement)
+        together = placement.share.world > 1
+        self.router = Projection(sizes.hidden, sizes.experts, placement, double=together)
         count = last - self._first
         self._experts = tuple(GatedMLP(sizes.hidden, sizes.intermediate, alone) for _ in range(count))
         self.experts = nn.ModuleList(self._experts)

@@ -42,5 +42,14 @@ def most_bytes(inputs: int, outputs: int, dtype: str) -> int:
     return max(packed_bytes(inputs, outputs), integer_bytes(inputs, outputs, 2))
 
 
+def device_bytes(inputs: int, outputs: int, dtype: str) -> int:
+    """The same where nothing is packed for a CPU: fp16, or what `nn.quant` makes."""
+    if dtype == "packed16":
+        return 2 * inputs * outputs
+    if dtype == "int4" and inputs % INT4_INPUTS == 0:
+        return int4_bytes(inputs, outputs)
+    return (inputs + 4) * outputs
+
+
 def round_up(size: int, block: int) -> int:
     return -(-size // block) * block

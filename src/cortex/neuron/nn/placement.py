@@ -39,7 +39,7 @@ class Placement(NamedTuple):
     """`packed16`, `int8` and `int4` keep matrices in 16, 8 and 4 bits and everything else in fp32; `float32`
     keeps and computes fp32. There is no `int4` on CPUs.
 
-    CUDA is written for and unverified on hardware; `packed16` is plain fp16 there.
+    CUDA is written for and unverified on hardware; `packed16` is plain fp16 there, in products too.
     """
 
     device: torch.device

@@ -160,8 +160,8 @@ class _Looking:
 
     One token sees whole runs of the cache, itself included; rows that see the same run look together.
     Several tokens see what came before them as runs, and themselves causally. A window of W tokens shows a
-    token at position q the keys from q - W + 1 on. So several tokens are taken W - 1 at a time: among
-    themselves no window shows then, and what came before they see through a mask where it does.
+    token at position q the keys from q - W + 1 on. So several tokens are taken W at a time: the last of them
+    still sees the first, and what came before they see through a mask where the window shows.
     """
 
     def __init__(self, plan: StepPlan, device: torch.device, window: int | None) -> None:
@@ -195,7 +195,7 @@ class _Looking:
         return 0 if self._window is None else max(0, position - self._window + 1)
 
     def _several(self, part: Segment, row: int) -> None:
-        most = part.length if self._window is None else max(1, self._window - 1)
+        most = part.length if self._window is None else self._window
         for start in range(part.start, part.end, most):
             end = min(part.end, start + most)
             first = row + start - part.start

@@ -5,7 +5,6 @@ Knows where a GGUF file and a model directory keep these facts. Knows no request
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -149,7 +148,7 @@ def _defaults(found: Mapping[str, Any], prefix: str, *, temperature: str, penalt
 
     def number(name: str) -> float | None:
         value = found.get(name)
-        return value if isinstance(value, int | float) else None
+        return value if isinstance(value, int | float) and abs(value) < 2**31 else None
 
     top_k, repetition = number(f"{prefix}top_k"), number(f"{prefix}{penalty}")
     return SamplingDefaults(
@@ -157,13 +156,18 @@ def _defaults(found: Mapping[str, Any], prefix: str, *, temperature: str, penalt
         top_k=None if top_k is None else int(top_k),
         top_p=number(f"{prefix}top_p"),
         min_p=number(f"{prefix}min_p"),
-        repetition_penalty=repetition if repetition is not None and 0 < repetition < math.inf else None,
+        repetition_penalty=repetition if repetition is not None and repetition > 0 else None,
     )
 
 
 def _gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     key = "tokenizer.chat_template"
-    names = {name: f"{key}.{name}" for name in metadata.get("tokenizer.chat_templates", ())}
+    listed = metadata.get("tokenizer.chat_templates")
+    names = (
+        {name: f"{key}.{name}" for name in listed if isinstance(name, str)}
+        if isinstance(listed, list)
+        else {}
+    )
     names[DEFAULT] = key
     return {name: source for name, key in names.items() if isinstance(source := metadata.get(key), str)}
 
@@ -192,7 +196,8 @@ def _token_text(value: Any) -> str | None:
 
 def _end_ids(source: Any) -> list[int]:
     found = source.get("eos_token_id") if isinstance(source, dict) else None
-    return [id for id in (found if isinstance(found, list) else [found]) if isinstance(id, int)]
+    listed = found if isinstance(found, list) else [found]
+    return [id for id in listed if type(id) is int and 0 <= id < 2**31]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

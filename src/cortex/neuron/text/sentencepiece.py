@@ -25,7 +25,11 @@ def sentencepiece_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """
     tokens, types = vocabulary(metadata)
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, Sequence) or len(scores) != len(tokens):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(tokens)
+        or not all(isinstance(score, int | float) for score in scores)
+    ):
         raise LoadFailed(
             "The file's tokenizer is incomplete: tokenizer.ggml.scores are not one for each of "
             f"{len(tokens)} tokens."

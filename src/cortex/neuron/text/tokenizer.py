@@ -42,6 +42,15 @@ _QWEN2: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN35: Final = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN: Final = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _DIGIT: Final = r"\p{N}"
 
 _PLAIN: Final = Kind(splits=(_GPT2,))
@@ -57,6 +66,8 @@ KINDS: Final[Mapping[str, Kind]] = {
     "llama3": _LLAMA,
     "qwen2": _QWEN,
     "deepseek-r1-qwen": _QWEN,
+    "qwen35": Kind(splits=(_QWEN35,), nfc=True),
+    "tekken": Kind(splits=(_TEKKEN,), ignore_merges=True, add_bos=True),
     "smollm": Kind(splits=(_DIGIT, _GPT2)),
 }
 

@@ -31,6 +31,10 @@ def vocabulary(metadata: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[int
     types = metadata.get("tokenizer.ggml.token_type")
     if types is None:
         types = [int(TokenType.NORMAL)] * len(tokens)
+    if not isinstance(types, list) or not all(type(kind) is int for kind in types):
+        raise LoadFailed(
+            "The file's tokenizer is incomplete: tokenizer.ggml.token_type is no list of integers."
+        )
     if len(types) != len(tokens):
         raise LoadFailed(f"The vocabulary has {len(tokens)} tokens but {len(types)} token types.")
     return tokens, types
@@ -39,7 +43,7 @@ def vocabulary(metadata: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[int
 def strings(metadata: Mapping[str, Any], key: str) -> Sequence[str]:
     """Raises LoadFailed if there are none."""
     value = metadata.get(key)
-    if value is None or isinstance(value, str | bytes) or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         state = "missing" if value is None else "no list of texts"
         raise LoadFailed(f"The file's tokenizer is incomplete: {key} is {state}.")
     found: Sequence[str] = value

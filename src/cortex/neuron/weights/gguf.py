@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
+from cortex.neuron.weights.files import map_file
 from cortex.neuron.weights.layout import BLOCKS, TensorInfo, check_extents, damaged, stored_bytes
 from cortex.wire.errors import LoadFailed
 
@@ -22,8 +23,10 @@ VERSIONS: Final = (2, 3)
 DEFAULT_ALIGNMENT: Final = 32
 MAX_DIMENSIONS: Final = 4
 MAX_NESTING: Final = 4
-MAX_ELEMENTS: Final = 2**24
-"""Elements of one metadata array: a hundred times the largest vocabulary."""
+MAX_ELEMENTS: Final = 2**21
+"""Elements of one metadata array: four times the longest list of merges."""
+MAX_HEADER: Final = 2**27
+"""Bytes of metadata and tensor entries: four times those of the largest vocabulary."""
 
 TYPES: Final[dict[int, str]] = {
     0: "F32",
@@ -92,14 +95,7 @@ class Header(msgspec.Struct, frozen=True):
 
 def read_header(path: Path) -> Header:
     """Raises LoadFailed that names the file and, where there is one, the key or tensor at fault."""
-    try:
-        with path.open("rb") as file:
-            if not path.stat().st_size:
-                raise damaged(path, "the file is empty")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise LoadFailed(f"{path} cannot be read: {error.strerror or error}.") from None
-    with data:
+    with map_file(path) as data:
         return _Cursor(path, data).header()
 
 
@@ -110,6 +106,7 @@ class _Cursor:
         self._path = path
         self._data = data
         self._size = len(data)
+        self._end = min(self._size, MAX_HEADER)
         self._at = 0
         self._where = "the preamble"
 
@@ -201,15 +198,15 @@ class _Cursor:
 
     def _strings(self, count: int) -> list[str]:
         """The hot loop: a vocabulary has hundreds of thousands of strings."""
-        data, size, at = self._data, self._size, self._at
+        data, last, at = self._data, self._end, self._at
         length_at = _U64.unpack_from
         strings = []
         for _ in range(count):
-            if at + 8 > size:
+            if at + 8 > last:
                 raise self._short()
             (length,) = length_at(data, at)
             end = at + 8 + length
-            if end > size:
+            if end > last:
                 raise self._short()
             strings.append(data[at + 8 : end])
             at = end
@@ -228,17 +225,19 @@ class _Cursor:
     def _count(self, smallest: int, what: str, limit: int = 2**63) -> int:
         """A count of things that take at least `smallest` bytes each."""
         count = int(self._scalar(_U64))
-        if count > min(limit, (self._size - self._at) // smallest):
+        if count > min(limit, (self._end - self._at) // smallest):
             raise damaged(self._path, f"the header claims {count} {what}, more than the file can hold")
         return count
 
     def _take(self, length: int) -> bytes:
         end = self._at + length
-        if end > self._size:
+        if end > self._end:
             raise self._short()
         taken = self._data[self._at : end]
         self._at = end
         return taken
 
     def _short(self) -> LoadFailed:
+        if self._end < self._size:
+            return damaged(self._path, f"{self._where} reaches beyond any header, byte {self._end}")
         return damaged(self._path, f"the file ends within {self._where}")

@@ -1,46 +1,58 @@
-"""Fills a model that was built on the meta device from a checkpoint, module by module.
+"""Fills a model that was built on the meta device from a checkpoint, module by module, in a few threads.
 
-Each parameter is joined on the host from the rows that its source names and handed over once.
-Knows neither architectures nor devices: modules place what they are given.
+Each thread reads and fills a module at a time; what all of them hold at once is bounded. Knows neither
+architectures nor devices: modules place what they are given.
 """
 
 from __future__ import annotations
 
-import warnings
+import queue
+import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from cortex.neuron.weights.checkpoint import Checkpoint
-from cortex.neuron.weights.dequant import dequantize
 from cortex.neuron.weights.layout import BLOCKS, READABLE, TensorInfo
+from cortex.neuron.weights.reading import Parameter, Parameters, Stored, row_count, stored_bytes
 from cortex.neuron.weights.source import Piece, Source
 from cortex.wire.errors import LoadFailed
 
-CHUNK: Final = 2**19
-"""Elements that are dequantised at a time: few enough for the caches, enough to hide the calls."""
+TOLD_BYTES: Final = 2**22
+"""Bytes that are read between two reports; at each of them a thread waits for another."""
 
 Report = Callable[[int, int], None]
 """Told bytes read and bytes in all, often; may raise to abort the load."""
 
 
 class Fillable(Protocol):
-    """A module with parameters of its own, on the meta device until it is filled."""
+    """A module with parameters of its own, on the meta device until it is filled.
+
+    It may have an attribute `staged`: the bytes that filling it takes on the way, besides what it then
+    keeps. Without one they are taken to be those of its parameters.
+    """
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take all of the module's parameters, host tensors by name, once."""
+        """Take all of the module's parameters, host tensors by name, once.
+
+        Each is read when it is looked up, and not kept; `nn.filling.rows` reads one in part.
+        """
 
 
 class _Job(NamedTuple):
-    """All parameters of one module, with what they take from the file."""
+    """All parameters of one module, and what filling it takes from the file and in memory."""
 
     module: Fillable
-    parameters: list[tuple[str, nn.Parameter, Source]]
-    order: tuple[str, int]
+    parameters: Mapping[str, Parameter]
+    place: tuple[str, int]
     nbytes: int
+    staged: int
+
+    def run(self) -> None:
+        self.module.fill(Parameters(self.parameters))
 
 
 def load(
@@ -53,64 +65,126 @@ def load(
 ) -> None:
     """Fill `model`, whose parameters `sources` names as `named_parameters` does, in file order.
 
-    Reading and joining is one thread's work; `threads` others fill modules meanwhile, which in the
-    packed form takes longer. Everything is checked before anything is read. Raises LoadFailed that
-    names file and tensor; what `report` raises passes through at once and nothing is filled any more.
+    `threads` modules are filled at a time, fewer where they would take more on the way than the largest
+    parameter has bytes. Everything is checked before anything is read. Raises LoadFailed that names file
+    and tensor; what `report` raises passes through, once the threads have stopped, and leaves nothing.
     """
-    jobs = _jobs(model, sources, checkpoint)
-    progress = _Progress(report, sum(job.nbytes for job in jobs))
-    progress.add(0)
-    pool = ThreadPoolExecutor(threads, "fill", initializer=torch.set_num_threads, initargs=(1,))
-    filling: set[Future[None]] = set()
+    filling = _Filling(threads, report)
+    stored = Stored(checkpoint)
+    jobs = _jobs(
+        model,
+        sources,
+        checkpoint,
+        lambda source, parameter: Parameter(
+            tuple(parameter.shape), parameter.dtype, source, stored, filling.count
+        ),
+    )
+    filling.total = sum(job.nbytes for job in jobs)
+    filling.most = max((one.nbytes for job in jobs for one in job.parameters.values()), default=0)
     try:
+        filling.tell(0)
         for job in jobs:
-            tensors = {name: _join(p, source, checkpoint, progress) for name, p, source in job.parameters}
-            filling.add(pool.submit(job.module.fill, tensors))
-            del tensors
-            filling = _settled(filling, threads)  # so few joined parameters wait in memory
-        _settled(filling, 0)
+            for parameter in job.parameters.values():
+                parameter.read_ahead()
+            filling.start(job)
+        filling.finish()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        filling.stop()
 
 
-def _settled(filling: set[Future[None]], most: int) -> set[Future[None]]:
-    """Those still under way, once they are at most so many. Raises what failed."""
-    while len(filling) > most:
-        done, filling = wait(filling, return_when=FIRST_COMPLETED)
-        for filled in done:
-            filled.result()
-    return filling
+class _Filling:
+    """The threads that fill, and the one that waits for them and reports."""
 
-
-class _Progress:
-    def __init__(self, report: Report, total: int) -> None:
+    def __init__(self, threads: int, report: Report) -> None:
+        self.total = 0
+        self.most = 0
+        """Bytes that all jobs under way may take on the way."""
         self._report = report
-        self._total = total
         self._done = 0
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "fill", initializer=torch.set_num_threads, initargs=(1,))
+        self._under_way: dict[Future[None], int] = {}
+        self._events: queue.SimpleQueue[int | Future[None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._untold = 0
+        self._stopped = threading.Event()
 
-    def add(self, nbytes: int) -> None:
+    def start(self, job: _Job) -> None:
+        """Once there is room. Raises what another job or the report raised."""
+        while self._under_way and not self._has_room(job):
+            self._next()
+        started = self._pool.submit(job.run)
+        self._under_way[started] = job.staged
+        started.add_done_callback(self._events.put)
+
+    def finish(self) -> None:
+        while self._under_way:
+            self._next()
+        self.tell(self._untold)
+
+    def stop(self) -> None:
+        """The threads end at their next chunk."""
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def count(self, nbytes: int) -> None:
+        """Called by the threads for what they read."""
+        if self._stopped.is_set():
+            raise _Stopped
+        with self._lock:
+            self._untold += nbytes
+            if self._untold < TOLD_BYTES:
+                return
+            told, self._untold = self._untold, 0
+        self._events.put(told)
+
+    def tell(self, nbytes: int) -> None:
         self._done += nbytes
-        self._report(self._done, self._total)
+        self._report(self._done, self.total)
+
+    def _has_room(self, job: _Job) -> bool:
+        staged = sum(self._under_way.values()) + job.staged
+        return len(self._under_way) < self._threads and staged <= self.most
+
+    def _next(self) -> None:
+        event = self._events.get()
+        if isinstance(event, int):
+            self.tell(event)
+        else:
+            del self._under_way[event]
+            event.result()
 
 
-def _jobs(model: nn.Module, sources: Mapping[str, Source], checkpoint: Checkpoint) -> list[_Job]:
+class _Stopped(Exception):
+    """Ends the threads of a load that has failed."""
+
+
+def _jobs(
+    model: nn.Module,
+    sources: Mapping[str, Source],
+    checkpoint: Checkpoint,
+    parameter_of: Callable[[Source, nn.Parameter], Parameter],
+) -> list[_Job]:
     jobs = []
     for prefix, module in model.named_modules():
-        parameters = []
+        parameters = {}
         tensors: list[TensorInfo] = []
         nbytes = 0
         for name, parameter in module.named_parameters(recurse=False):
             source = sources[f"{prefix}.{name}" if prefix else name]
             found = [_check_piece(piece, checkpoint, parameter) for piece in source]
-            _check_shape(parameter, source, found, checkpoint)
+            _check_shape(parameter, source, found)
             tensors += found
-            nbytes += sum(_rows(piece, t) * t.row_bytes for piece, t in zip(source, found, strict=True))
-            parameters.append((name, parameter, source))
+            nbytes += sum(stored_bytes(piece, t) for piece, t in zip(source, found, strict=True))
+            parameters[name] = parameter_of(source, parameter)
         if parameters:
             first = min(tensors, key=lambda tensor: (str(tensor.file), tensor.offset))
+            staged = getattr(module, "staged", None)
+            if staged is None:
+                staged = sum(parameter.nbytes for parameter in parameters.values())
             place = (str(first.file), first.offset)
-            jobs.append(_Job(cast(Fillable, module), parameters, place, nbytes))
-    return sorted(jobs, key=lambda job: job.order)
+            jobs.append(_Job(cast(Fillable, module), parameters, place, nbytes, staged))
+    return sorted(jobs, key=lambda job: job.place)
 
 
 def _check_piece(piece: Piece, checkpoint: Checkpoint, parameter: nn.Parameter) -> TensorInfo:
@@ -130,10 +204,8 @@ def _check_piece(piece: Piece, checkpoint: Checkpoint, parameter: nn.Parameter) 
     return tensor
 
 
-def _check_shape(
-    parameter: nn.Parameter, source: Source, tensors: list[TensorInfo], checkpoint: Checkpoint
-) -> None:
-    rows = sum(_rows(piece, tensor) for piece, tensor in zip(source, tensors, strict=True))
+def _check_shape(parameter: nn.Parameter, source: Source, tensors: list[TensorInfo]) -> None:
+    rows = sum(row_count(piece, tensor) for piece, tensor in zip(source, tensors, strict=True))
     columns = {
         tensor.columns if piece.columns is None else piece.columns[1] - piece.columns[0]
         for piece, tensor in zip(source, tensors, strict=True)
@@ -142,56 +214,5 @@ def _check_shape(
     if rows != parameter.shape[0] or columns != {wanted}:
         shapes = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in tensors)
         raise LoadFailed(
-            f"{checkpoint.path}: the configuration asks for {list(parameter.shape)}, the file has {shapes}."
+            f"{tensors[0].file}: the configuration asks for {list(parameter.shape)}, the file has {shapes}."
         )
-
-
-def _rows(piece: Piece, tensor: TensorInfo) -> int:
-    return (tensor.rows if piece.stop is None else piece.stop) - piece.start
-
-
-def _join(parameter: nn.Parameter, source: Source, checkpoint: Checkpoint, progress: _Progress) -> Tensor:
-    """The parameter on the host, in its own dtype."""
-    joined = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-    at = 0
-    for piece in source:
-        tensor = checkpoint.tensors[piece.tensor]
-        count = _rows(piece, tensor)
-        target = joined[at : at + count]
-        _read(piece, tensor, target, checkpoint, progress)
-        if piece.pairs:
-            _interleave(target, piece.pairs)
-        if piece.change == "one_plus":
-            target.add_(1)
-        elif piece.change == "minus_exp":
-            target.exp_().neg_()
-        at += count
-    return joined
-
-
-def _read(
-    piece: Piece, tensor: TensorInfo, target: Tensor, checkpoint: Checkpoint, progress: _Progress
-) -> None:
-    count = target.shape[0]
-    step = max(1, CHUNK // max(1, tensor.columns))
-    for first in range(0, count, step):
-        last = min(count, first + step)
-        raw = _bytes(checkpoint.rows(tensor.name, piece.start + first, piece.start + last))
-        numbers = dequantize(raw.view(last - first, tensor.row_bytes), tensor.dtype)
-        if piece.columns is not None:
-            numbers = numbers[:, slice(*piece.columns)]
-        target[first:last].copy_(numbers.view(target[first:last].shape) if target.dim() == 1 else numbers)
-        progress.add(raw.numel())
-
-
-def _bytes(view: memoryview) -> Tensor:
-    """The mapped bytes as uint8, not copied; nobody writes to them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that the memory is read-only
-        return torch.frombuffer(view, dtype=torch.uint8)
-
-
-def _interleave(rows: Tensor, head: int) -> None:
-    """In place, of each `head` rows: the i-th and the i-th of the second half become neighbours."""
-    halves = rows.reshape(-1, 2, head // 2, *rows.shape[1:])
-    rows.copy_(halves.transpose(1, 2).reshape(rows.shape))

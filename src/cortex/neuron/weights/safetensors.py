@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
+from cortex.neuron.weights.files import decode_json, map_file, read_json
 from cortex.neuron.weights.layout import BLOCKS, TensorInfo, check_extents, damaged, stored_bytes
 from cortex.wire.errors import LoadFailed
 
@@ -53,10 +54,7 @@ def read_directory(directory: Path) -> dict[str, TensorInfo]:
 
 def _read_indexed(directory: Path) -> dict[str, TensorInfo]:
     path = directory / INDEX
-    try:
-        index = msgspec.json.decode(_read(path), type=_Index)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise damaged(path, f"the index cannot be read ({error})") from None
+    index = read_json(path, _Index, "the index")
     shards: dict[str, dict[str, TensorInfo]] = {}
     tensors: dict[str, TensorInfo] = {}
     for name, shard in index.weight_map.items():
@@ -72,19 +70,13 @@ def _read_indexed(directory: Path) -> dict[str, TensorInfo]:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one file. Raises LoadFailed."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise damaged(path, f"a header of {length} bytes cannot be in a file of {size} bytes")
-            header = file.read(length)
-    except OSError as error:
-        raise LoadFailed(f"{path} cannot be read: {error.strerror or error}.") from None
-    try:
-        entries = msgspec.json.decode(header, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise damaged(path, f"the header is not JSON ({error})") from None
+    with map_file(path) as data:
+        size = len(data)
+        length = int.from_bytes(data[:8], "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise damaged(path, f"a header of {length} bytes cannot be in a file of {size} bytes")
+        with memoryview(data) as whole, whole[8 : 8 + length] as header:
+            entries = decode_json(header, dict[str, Any], path, "the header")
     entries.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, 8 + length, size) for name, entry in entries.items()}
     check_extents(path, tensors.values(), size)
@@ -96,22 +88,17 @@ def _tensor(path: Path, name: str, plain: Any, start: int, size: int) -> TensorI
         entry = msgspec.convert(plain, _Entry)
     except msgspec.ValidationError as error:
         raise damaged(path, f"the entry of tensor {name} cannot be read ({error})") from None
-    if entry.dtype not in BLOCKS:
+    if BLOCKS.get(entry.dtype, (0, 0))[0] != 1:
         raise LoadFailed(f"{path}: tensor {name} has the unknown element type {entry.dtype}.")
+    if len(entry.shape) > MAX_DIMENSIONS:
+        raise damaged(path, f"tensor {name} has {len(entry.shape)} dimensions")
     elements = 1
     for dimension in entry.shape:
         elements *= dimension
-        if dimension < 0 or elements > size or len(entry.shape) > MAX_DIMENSIONS:
+        if dimension < 0 or elements > size:
             raise damaged(path, f"tensor {name} has the impossible shape {entry.shape}")
     begin, end = entry.data_offsets
     nbytes = stored_bytes(entry.dtype, elements)
     if begin < 0 or end - begin != nbytes:
         raise damaged(path, f"tensor {name} needs {nbytes} bytes and has offsets {begin} to {end}")
     return TensorInfo(name, entry.dtype, tuple(entry.shape), path, start + begin, nbytes)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise LoadFailed(f"{path} cannot be read: {error.strerror or error}.") from None
