@@ -25,15 +25,13 @@ from cortex.neuron.text.codec import codec_from_directory, codec_from_gguf
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
 from cortex.neuron.worker_engine import WorkerEngine, WorkerModel
 from cortex.wire.errors import BadRequest
-from cortex.wire.node import Limit, Progress
+from cortex.wire.node import QUANT_FORMS, Limit, Progress
 
 WORKER: Final = "cortex.neuron.engine.worker"
 """The module that the warm server imports, torch with it."""
 CPU: Final = "cpu"
 DTYPES: Final = ("packed16", "int8", "int4", "float32")
 """Forms of the weights; the first one is for loads that name none."""
-QUANTS: Final = ("int8", "int4")
-"""Those that a load may ask for as its `quant`, whatever the file holds."""
 CUDA_DTYPES: Final = ("int4",)
 MIB: Final = 2**20
 PROCESS_BYTES: Final = 384 * MIB
@@ -122,7 +120,7 @@ class TorchFactory:
     def _form(self, order: LoadOrder, checkpoint: Checkpoint) -> str:
         """How the weights are to be held, one of DTYPES. Raises BadRequest."""
         quant = (order.quant or "").lower()
-        if quant not in QUANTS:
+        if quant not in QUANT_FORMS:
             check_quant(order.quant, checkpoint)
             dtype = order.dtype or self._dtype or DTYPES[0]
         elif order.dtype in (None, quant):
@@ -186,7 +184,7 @@ def check_quant(quant: str | None, checkpoint: Checkpoint) -> None:
         return
     raise BadRequest(
         f"{checkpoint.path.name} is not of the quantisation {quant!r}: it holds {', '.join(sorted(types))}, "
-        f"and {' or '.join(QUANTS)} is all that can be made of it here. Leave quant out, or name a file "
+        f"and {' or '.join(QUANT_FORMS)} is all that can be made of it here. Leave quant out, or name a file "
         f"that has it.",
         param="quant",
     )
