@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
+from cortex.neuron import rank_group
 from cortex.neuron.engine.messages import (
     Broken,
     Cancel,
@@ -183,6 +184,31 @@ async def test_a_rank_that_ends_quietly_when_it_has_loaded_leaves_the_cause_to_t
     bench.workers[0].die("was killed")
     with pytest.raises(LoadFailed, match="Rank 0 of 3: The worker was killed"):
         await asyncio.wait_for(loading, 5)
+
+
+async def test_ranks_that_hang_in_a_load_are_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_group, "LOAD_SILENCE_S", 0.02)
+    bench.workers[1].say(READY)
+    bench.workers[2].say(LoadProgress(phase="weights", done=1, total=10))
+    with pytest.raises(LoadFailed, match=r"Nothing was heard for 0\.02 s of ranks 0, 2 of 3"):
+        await asyncio.wait_for(bench.load(), 5)
+
+
+async def test_one_worker_may_take_as_long_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for nobody, so it is slow, or the disk is."""
+    watched: list[bool] = []
+
+    async def silence(seconds: float, heard: object, due: Callable[[], bool]) -> None:
+        watched.append(due())
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(rank_group, "silence", silence)
+    worker = FakeWorker()
+    worker.say(READY)
+    group = RankGroup([worker])  # type: ignore[list-item]
+    await group.load(ORDER, ("cpu",), lambda progress: None)
+    assert watched == [False]
+    await group.close()
 
 
 async def test_a_load_that_is_cancelled_leaves_no_task(bench: Bench) -> None:

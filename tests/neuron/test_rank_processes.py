@@ -170,6 +170,18 @@ async def test_a_rank_that_hangs_is_waited_for_as_long_as_the_watchdog_says(
     assert processes() == []
 
 
+@pytest.mark.parametrize("node", [0.05], indirect=True)
+async def test_a_rank_0_that_hangs_while_all_rest_is_noticed_by_the_node(node: RankedNode) -> None:
+    """The others wait for it with all patience, and rightly: for all that they know there is no work."""
+    assert (await node.load()).status == 200
+    processes()[0].suspend()
+    async with node.ask(max_tokens=8) as exchange:
+        reply = await exchange.reply()
+    assert (reply.status, reply.json()["error"]["code"]) == (503, "engine_ended")
+    assert "made no step for 0.5 s" in reply.json()["error"]["message"]
+    assert processes() == []
+
+
 async def test_what_cannot_be_divided_is_refused_with_the_numbers(node: RankedNode) -> None:
     for ranks, words in ((3, "2 KV heads"), (8, "4 heads cannot be divided among 8 ranks")):
         reply = await node.load(ranks)

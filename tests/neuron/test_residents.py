@@ -426,6 +426,8 @@ async def test_a_model_comes_back_as_it_was_loaded(node: Node) -> None:
     [
         ({"dtype": "float32"}, {"quant": "int8"}, ("int8", None, 1)),
         ({"quant": "int8"}, {"dtype": "float32"}, (None, "float32", 1)),
+        ({"quant": "Q4_K_M"}, {"dtype": "float32"}, ("Q4_K_M", "float32", 1)),
+        ({"dtype": "float32"}, {"quant": "Q4_K_M"}, ("Q4_K_M", "float32", 1)),
         ({"devices": ["cpu"]}, {"tensor_parallel": 2}, (None, None, 2)),
         ({"tensor_parallel": 2}, {"devices": ["cpu"]}, (None, None, 1)),
         ({"tensor_parallel": 2, "devices": ["cpu", "cpu"], "quant": "int8"}, {}, ("int8", None, 2)),

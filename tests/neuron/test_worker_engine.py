@@ -8,6 +8,7 @@ import pytest
 
 from cortex.hookspecs import EngineStep, EngineTimings, Sampling, TokenBatch, TokenLogprobs
 from cortex.neuron.engine.messages import Broken, Cancel, Generate, Order, Output, Report, Step, Threads
+from cortex.neuron.silence import TICKS
 from cortex.neuron.worker_engine import WorkerEngine
 from cortex.testing.clock import settle
 from cortex.wire.errors import Busy, Internal, Loading
@@ -160,6 +161,52 @@ async def test_a_step_that_failed_on_another_rank_is_an_error_of_its_sequences(
         await asked
     with pytest.raises(Loading):  # it was in no step
         await anext(engine.generate("later", [1], SAMPLING))
+
+
+class Ticks:
+    """A watch over the engine whose time passes when the test says so."""
+
+    def __init__(self, worker: FakeWorker) -> None:
+        self._ticks: asyncio.Queue[None] = asyncio.Queue()
+        self.engine = WorkerEngine("m", worker, worker.reports(), patience_s=70, sleep=self._sleep)
+
+    async def _sleep(self, seconds: float) -> None:
+        await self._ticks.get()
+
+    async def pass_(self, count: int = TICKS + 1) -> None:
+        for _ in range(count):
+            await settle()
+            self._ticks.put_nowait(None)
+        await settle()
+
+
+async def test_ranks_that_make_no_step_are_ended(worker: FakeWorker) -> None:
+    ticks = Ticks(worker)
+    await ticks.pass_()
+    asked = asyncio.ensure_future(anext(ticks.engine.generate("r", [1], SAMPLING)))
+    await ticks.pass_(TICKS - 1)
+    worker.say()  # a step of a long prompt, which gives nobody anything yet
+    await ticks.pass_(TICKS)
+    assert not asked.done()
+    await ticks.pass_(1)
+    with pytest.raises(Loading, match="The engine of m made no step for 70 s while it worked"):
+        await asked
+    assert await ticks.engine.died() == "made no step for 70 s"
+    await ticks.engine.close()
+
+
+async def test_a_client_that_does_not_take_its_text_is_not_the_ranks_silence(worker: FakeWorker) -> None:
+    ticks = Ticks(worker)
+    batches = ticks.engine.generate("r", [1], SAMPLING)
+    asked = asyncio.ensure_future(anext(batches))
+    await settle()
+    worker.say(Output(key=1, ids=[5]))
+    await asked
+    worker.say(Output(key=1, ids=[6], finish="stop"))
+    await ticks.pass_(3 * TICKS)
+    assert not worker.exit.is_set()
+    assert (await anext(batches)).ids == [6]
+    await ticks.engine.close()
 
 
 async def test_death_reaches_every_sequence_and_the_owner(engine: WorkerEngine, worker: FakeWorker) -> None:

@@ -25,9 +25,13 @@ from cortex.neuron.engine.messages import (
     Threads,
 )
 from cortex.neuron.processes import WarmServer, to_its_end
+from cortex.neuron.silence import silence
 from cortex.neuron.worker_process import FINE, WorkerProcess
 from cortex.wire.errors import LoadFailed
 from cortex.wire.node import Progress
+
+LOAD_SILENCE_S: Final = 600.0
+"""A load on several ranks of which none tells any progress for so long is given up."""
 
 TellProgress = Callable[[Progress], None]
 _Totals = dict[int, tuple[int, int]]
@@ -42,6 +46,7 @@ class RankGroup:
         self._reports: Final = [worker.reports() for worker in workers]
         self._end: asyncio.Task[str] | None = None
         self._failed_step: str | None = None
+        self._heard = 0
 
     @classmethod
     async def start(cls, warm: WarmServer, devices: Sequence[str], threads: int) -> Self:
@@ -64,7 +69,8 @@ class RankGroup:
     async def load(self, order: Load, devices: Sequence[str], report: TellProgress) -> None:
         """Have every rank load its share; from then on they end together.
 
-        Progress is told in bytes of all ranks. Raises LoadFailed as soon as one rank cannot.
+        Progress is told in bytes of all ranks. Raises LoadFailed as soon as one rank cannot, or none of
+        several goes on.
         """
         totals: _Totals = {}
         loads = [
@@ -73,13 +79,20 @@ class RankGroup:
         ]
         losses = [asyncio.ensure_future(self._lose_rank(rank, load)) for rank, load in enumerate(loads)]
         all_loaded, one_lost = asyncio.gather(*loads), asyncio.gather(*losses)
+        silent = asyncio.ensure_future(silence(LOAD_SILENCE_S, lambda: self._heard, lambda: len(loads) > 1))
         try:
-            await asyncio.wait((all_loaded, one_lost), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((all_loaded, one_lost, silent), return_when=asyncio.FIRST_COMPLETED)
+            if silent.done():
+                missing = ", ".join(str(rank) for rank, load in enumerate(loads) if not load.done())
+                raise LoadFailed(
+                    f"Nothing was heard for {LOAD_SILENCE_S:g} s of ranks {missing} of {len(loads)}, which "
+                    f"were loading the model."
+                )
             if not all_loaded.done():
                 await one_lost  # which raises, else all would have been waited for
             loaded = all(await all_loaded) and not any(loss.done() for loss in losses)
         finally:
-            tasks: list[asyncio.Future[Any]] = [all_loaded, one_lost, *loads, *losses]
+            tasks: list[asyncio.Future[Any]] = [all_loaded, one_lost, silent, *loads, *losses]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -143,6 +156,7 @@ class RankGroup:
         try:
             await worker.send(order)
             async for said in self._reports[rank]:
+                self._heard += 1
                 match said:
                     case LoadProgress():
                         totals[rank] = (said.done, said.total)

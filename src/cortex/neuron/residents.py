@@ -23,7 +23,7 @@ from cortex.neuron.references import Report
 from cortex.neuron.resident import Resident, Served
 from cortex.neuron.shared_load import SharedLoad, ignore
 from cortex.wire.errors import Busy, Conflict, CortexError, LoadFailed, NoCapacity, UnknownModel
-from cortex.wire.node import FailedModel, LoadRequest, ModelLoad, ModelReport, Progress
+from cortex.wire.node import QUANT_FORMS, FailedModel, LoadRequest, ModelLoad, ModelReport, Progress
 
 _log: Final = logging.getLogger("cortex.neuron.residents")
 
@@ -331,7 +331,8 @@ _IN_WORDS: Final = {
 }
 
 
-_SAME: Final = (("dtype", "quant"), ("devices", "tensor_parallel"))
+def _is_form(quant: str | None) -> bool:
+    return quant is not None and quant.lower() in QUANT_FORMS
 
 
 def _stopping() -> Busy:
@@ -344,7 +345,10 @@ def _merged(request: LoadRequest, known: LoadRequest) -> LoadRequest:
     Of two fields that say the same in two ways, one that is said replaces what is known of the other.
     """
     said = {name: value for name, value in msgspec.structs.asdict(request).items() if value is not None}
-    for one, other in _SAME:
-        if one in said or other in said:
-            said = {one: None, other: None, **said}
+    if "devices" in said or "tensor_parallel" in said:
+        said = {"devices": None, "tensor_parallel": None, **said}
+    if _is_form(request.quant):
+        said = {"dtype": None, **said}
+    elif request.dtype is not None and _is_form(known.quant):
+        said = {"quant": None, **said}
     return msgspec.structs.replace(known, **said)

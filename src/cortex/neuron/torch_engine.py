@@ -15,7 +15,7 @@ import msgspec
 from cortex import hookimpl
 from cortex.hookspecs import Codec, EngineFactory, LoadedModel, LoadOrder, LoadPlan
 from cortex.neuron.engine import entry
-from cortex.neuron.engine.messages import Load
+from cortex.neuron.engine.messages import WATCHDOG_S, Load
 from cortex.neuron.models.division import indivisible, largest_share, rank_weight_bytes
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape
@@ -25,15 +25,13 @@ from cortex.neuron.text.codec import codec_from_directory, codec_from_gguf
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
 from cortex.neuron.worker_engine import WorkerEngine, WorkerModel
 from cortex.wire.errors import BadRequest
-from cortex.wire.node import Limit, Progress
+from cortex.wire.node import QUANT_FORMS, Limit, Progress
 
 WORKER: Final = "cortex.neuron.engine.worker"
 """The module that the warm server imports, torch with it."""
 CPU: Final = "cpu"
 DTYPES: Final = ("packed16", "int8", "int4", "float32")
 """Forms of the weights; the first one is for loads that name none."""
-QUANTS: Final = ("int8", "int4")
-"""Those that a load may ask for as its `quant`, whatever the file holds."""
 CUDA_DTYPES: Final = ("int4",)
 MIB: Final = 2**20
 PROCESS_BYTES: Final = 384 * MIB
@@ -44,6 +42,9 @@ _ROUND: Final = 64
 STATES_SHARE: Final = 8
 """Of a budget, one part in so many is for states that are kept."""
 PREFILL_CHUNK: Final = 512
+PATIENCE: Final = 10
+"""A step of ranks may take so many times as long as one of their waits for each other, which the watchdog
+limits."""
 
 
 class _Detail(msgspec.Struct, frozen=True):
@@ -119,7 +120,7 @@ class TorchFactory:
     def _form(self, order: LoadOrder, checkpoint: Checkpoint) -> str:
         """How the weights are to be held, one of DTYPES. Raises BadRequest."""
         quant = (order.quant or "").lower()
-        if quant not in QUANTS:
+        if quant not in QUANT_FORMS:
             check_quant(order.quant, checkpoint)
             dtype = order.dtype or self._dtype or DTYPES[0]
         elif order.dtype in (None, quant):
@@ -150,7 +151,11 @@ class TorchFactory:
         except BaseException:
             await to_its_end(ranks.close())
             raise
-        return WorkerModel(WorkerEngine(order.model_id, ranks, ranks.reports), codec)
+        patience_s = None
+        if len(order.devices) > 1:  # a single worker waits for nobody
+            patience_s = PATIENCE * _options(plan).get("watchdog_s", WATCHDOG_S)
+        engine = WorkerEngine(order.model_id, ranks, ranks.reports, patience_s=patience_s)
+        return WorkerModel(engine, codec)
 
     async def start(self) -> None:
         await self._warm.start()
@@ -179,7 +184,7 @@ def check_quant(quant: str | None, checkpoint: Checkpoint) -> None:
         return
     raise BadRequest(
         f"{checkpoint.path.name} is not of the quantisation {quant!r}: it holds {', '.join(sorted(types))}, "
-        f"and {' or '.join(QUANTS)} is all that can be made of it here. Leave quant out, or name a file "
+        f"and {' or '.join(QUANT_FORMS)} is all that can be made of it here. Leave quant out, or name a file "
         f"that has it.",
         param="quant",
     )
@@ -216,6 +221,10 @@ def _checkpoints(shape: ModelShape, order: LoadOrder) -> int:
     return allowed // shape.state_bytes
 
 
+def _options(plan: LoadPlan) -> dict[str, Any]:
+    return {**plan.detail.options, **plan.order.options}
+
+
 def _order(plan: LoadPlan) -> Load:
     """The order for rank 0 of one."""
     order, detail = plan.order, plan.detail
@@ -231,5 +240,5 @@ def _order(plan: LoadPlan) -> Load:
         max_wait_s=order.max_wait_s,
         prefix_cache=order.prefix_cache,
         checkpoints=detail.checkpoints,
-        options={**detail.options, **order.options},
+        options=_options(plan),
     )

@@ -21,6 +21,7 @@ from cortex.neuron.engine.messages import (
     Step,
     Threads,
 )
+from cortex.neuron.silence import Sleep, silence
 from cortex.wire.errors import Busy, CortexError, Internal, Loading
 
 _GRACE_S: Final = 1.0
@@ -59,13 +60,30 @@ class Worker(Protocol):
 class WorkerEngine:
     """The engine in a worker that has loaded its model. `reports` is what the worker says from now on."""
 
-    def __init__(self, model_id: str, worker: Worker, reports: AsyncIterator[Report]) -> None:
+    def __init__(
+        self,
+        model_id: str,
+        worker: Worker,
+        reports: AsyncIterator[Report],
+        *,
+        patience_s: float | None = None,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        """A worker that makes no step for `patience_s` while it has sequences is ended; with None it is
+        waited for.
+        """
         self._model_id = model_id
         self._worker = worker
         self._keys = itertools.count(1)
         self._queues: dict[int, asyncio.Queue[Output | None]] = {}
         self._seen: Callable[[EngineStep], None] = lambda step: None
+        self._unfinished: set[int] = set()
+        self._steps = 0
+        self._given_up: str | None = None
         self._reader = asyncio.create_task(self._read(reports), name=f"reader of {model_id}")
+        if patience_s is not None:
+            watch = asyncio.create_task(self._watch_steps(patience_s, sleep), name=f"watch over {model_id}")
+            self._reader.add_done_callback(lambda reader: watch.cancel())
 
     async def generate(
         self, request_id: str, ids: Sequence[int], sampling: Sampling
@@ -82,6 +100,7 @@ class WorkerEngine:
         try:
             if self._reader.done():
                 raise await self._ended()
+            self._unfinished.add(key)
             try:
                 await self._worker.send(
                     Generate(key=key, request_id=request_id, ids=list(ids), sampling=sampling)
@@ -100,6 +119,7 @@ class WorkerEngine:
                     raise await self._ended()
         finally:
             del self._queues[key]
+            self._unfinished.discard(key)
             if not finished and not self._reader.done():
                 self._worker.post(Cancel(key=key))
 
@@ -127,7 +147,10 @@ class WorkerEngine:
         try:
             async for report in reports:
                 if isinstance(report, Step):
+                    self._steps += 1
                     for output in report.outputs:
+                        if output.finish is not None or output.error is not None:
+                            self._unfinished.discard(output.key)
                         if output.key in self._queues:
                             self._queues[output.key].put_nowait(output)
                     if report.done is not None:
@@ -139,12 +162,18 @@ class WorkerEngine:
             grace = 0.0
         if not await self._worker.ends_within(grace):
             self._worker.kill()  # it closed its socket or talks nonsense: it serves nobody any more
-        reason = said + await self._worker.ended()
+        ended = await self._worker.ended()
+        reason = self._given_up or said + ended
         failed = self._worker.failed_step
         for key, queue in self._queues.items():
             # What failed once may fail everywhere, so it is not for the gateway to try again.
             queue.put_nowait(Output(key=key, ids=[], error=f"The model {failed}.") if failed else _END)
         return reason
+
+    async def _watch_steps(self, patience_s: float, sleep: Sleep) -> None:
+        await silence(patience_s, lambda: self._steps, lambda: bool(self._unfinished), sleep=sleep)
+        self._given_up = f"made no step for {patience_s:g} s"
+        self._worker.kill()
 
     async def _ended(self) -> Loading:
         reason = await self.died()

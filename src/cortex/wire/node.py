@@ -15,6 +15,9 @@ WIRE_VERSION: Final = 1
 CALLER_HEADER: Final = "x-cortex-caller"
 """In which a gateway tells a node whose request it is; percent-encoded."""
 
+QUANT_FORMS: Final = ("int8", "int4")
+"""Those values of `quant` that say how weights are held, as `dtype` does; the others choose among files."""
+
 Status = Literal["loading", "loaded", "draining", "failed", "unloaded"]
 
 

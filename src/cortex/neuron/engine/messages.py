@@ -13,6 +13,9 @@ import msgspec
 
 from cortex.hookspecs import EngineStep, EngineTimings, Sampling, TokenLogprobs
 
+WATCHDOG_S: Final = 60.0
+"""Where the option `watchdog_s` is not given. A rank that keeps the others waiting for so long in a step is
+given up, and with it the model."""
 MAX_MESSAGE: Final = 64 * 2**20
 """Bytes. A longer message is a broken peer."""
 

@@ -19,13 +19,11 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from cortex.neuron.engine.messages import Unframer, framed
+from cortex.neuron.engine.messages import WATCHDOG_S, Unframer, framed
 from cortex.neuron.nn.parallel import RankGone, RankSilent, be_patient, others_watched
 from cortex.neuron.nn.placement import Share
 from cortex.neuron.nn.plan import StepPlan
 
-WATCHDOG_S: Final = 60.0
-"""A rank that keeps the others waiting for so long in a step is given up, and with it the model."""
 MEETING_S: Final = 60.0
 """For the other ranks to start."""
 GRACE_S: Final = 5.0

@@ -19,6 +19,7 @@ from cortex.neuron import heap
 from cortex.neuron.engine.channel import Channel, PeerGone
 from cortex.neuron.engine.loading import load_model, make_scheduler, out_of_memory
 from cortex.neuron.engine.messages import (
+    WATCHDOG_S,
     Broken,
     Cancel,
     Generate,
@@ -30,7 +31,7 @@ from cortex.neuron.engine.messages import (
     Step,
     Threads,
 )
-from cortex.neuron.engine.ranks import WATCHDOG_S, Ranks
+from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.engine.runner import Runner
 from cortex.neuron.engine.sampler import Row, sample
 from cortex.neuron.engine.scheduler import Sampled, Scheduled, Scheduler
