@@ -44,6 +44,13 @@ def test_the_file_that_users_have_loads(write):
     assert [node.name for node in config.neurons] == ["beast"]
 
 
+@pytest.mark.parametrize("seconds", ["inf", "nan", "0.0", "-1.0", "86401.0"])
+def test_a_watchdog_is_a_time_that_can_pass(write, seconds):
+    path = write(f"[harness.torch]\nwatchdog_s = {seconds}", "neuron.toml")
+    with pytest.raises(ConfigError, match=r"harness\.torch\.watchdog_s"):
+        load_neuron(path, {})
+
+
 def test_without_a_file_there_are_defaults():
     assert load_gateway(None, {}) == GatewayConfig()
     assert load_neuron(None, {}) == NeuronConfig()

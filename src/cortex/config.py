@@ -111,7 +111,7 @@ class TorchSection(_Section, frozen=True, kw_only=True):
     threads: int | None = None
     cuda_paged: bool = False
     cuda_graphs: bool = False
-    watchdog_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    watchdog_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 60.0
 
 
 class HarnessSection(_Section, frozen=True, kw_only=True):
@@ -135,7 +135,7 @@ class NeuronConfig(_Section, frozen=True, kw_only=True):
 
     listen: str = "127.0.0.1:13131"
     models_dir: str = "~/.cache/cortex/models"
-    sources: tuple[str, ...] = ("local", "pypi")
+    sources: tuple[str, ...] = ("local", "hf", "pypi")
     node_token: str | None = None
     body_limit_mb: int = 64
     memory_limit_mb: int | None = None

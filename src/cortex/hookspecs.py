@@ -383,6 +383,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     order: LoadOrder
     bytes_per_device: Mapping[str, int]
+    """By uuid; `cpu` may be there beside the order's devices, for what is kept on the host."""
     limit: Limit
     capabilities: tuple[str, ...] = ("text",)
     tool_call: bool = False

@@ -54,7 +54,7 @@ def test_the_written_configurations_are_what_the_daemons_read(plan: Plan) -> Non
     assert [node.endpoint for node in gateway.neurons] == ["http://127.0.0.1:4003"]
     assert neuron.listen == "127.0.0.1:4003"
     assert neuron.models_dir == str(plan.models_dir)
-    assert {"path", "pypi"} <= set(neuron.sources)
+    assert {"path", "hf", "pypi"} <= set(neuron.sources)
 
 
 def test_references_become_a_source_and_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +62,7 @@ def test_references_become_a_source_and_an_id(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "qwen").mkdir()
     monkeypatch.chdir(tmp_path)
     assert reference(DEFAULT_MODEL) == (DEFAULT_MODEL, "smollm2-135m")
+    assert reference("hf:org/x") == ("hf:org/x", "org/x")
     assert reference("pypi:llm-x==0.1") == ("pypi:llm-x==0.1", "llm-x")
     assert reference("tiny.gguf") == (str(tmp_path / "tiny.gguf"), "tiny")
     assert reference(str(tmp_path / "qwen")) == (str(tmp_path / "qwen"), "qwen")
@@ -142,7 +143,7 @@ def test_a_model_that_is_not_there_is_one_line(up) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert (
         result.stderr
-        == "error: --model nonesuch.gguf: there is no such file, and it does not begin with pypi:.\n"
+        == "error: --model nonesuch.gguf: there is no such file, and it does not begin with hf: or pypi:.\n"
     )
 
 

@@ -39,7 +39,7 @@ def test_a_gateway_host_needs_no_part_of_the_model_stack(module: str) -> None:
 
 
 def test_the_node_daemon_loads_no_torch() -> None:
-    assert loaded_by("cortex.neuron.app").isdisjoint({"torch", "transformers", "gguf"})
+    assert loaded_by("cortex.neuron.app").isdisjoint({"torch", "transformers", "gguf", "huggingface_hub"})
 
 
 def test_the_command_line_loads_neither_side_nor_a_server_before_it_runs() -> None:

@@ -146,6 +146,10 @@ async def test_the_budget_leaves_a_floor_to_the_rest_of_the_machine(tmp_path: Pa
     [
         ({"sources": ("local", "ftp")}, "sources: there is no kind of reference 'ftp'"),
         ({"harness": HarnessSection(torch=TorchSection(dtype="bf17"))}, "harness.torch.dtype: expected"),
+        (
+            {"harness": HarnessSection(torch=TorchSection(dtype="int4"))},
+            "harness.torch.dtype: int4 exists on GPUs only, of which this node has none",
+        ),
     ],
 )
 def test_values_that_mean_nothing_are_refused_at_start(config: dict[str, Any], words: str) -> None:

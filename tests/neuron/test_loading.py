@@ -1,12 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from cortex.hookspecs import LoadOrder, LoadPlan
+from cortex.neuron.admission import Admission
 from cortex.neuron.loading import Loader
 from cortex.neuron.memory import Ledger
+from cortex.neuron.resident import Resident
 from cortex.testing.scripted import ScriptedFactory, ScriptedModel
 from cortex.wire.errors import BadRequest, CortexError, LoadFailed
 from cortex.wire.node import LoadRequest, Progress
@@ -35,7 +39,7 @@ class Bench:
             threads=threads,
         )
 
-    async def locate(self, reference: str, report: object) -> Path:
+    async def locate(self, reference: str, report: object, quant: str | None) -> Path:
         return Path("/models") / reference
 
     async def devices_of(self, **request: object) -> tuple[str, ...]:
@@ -53,6 +57,8 @@ GPUS = {"GPU-a": 100, "GPU-b": 200, "cpu": 100}
         ({"devices": ["0"]}, ("GPU-a",)),
         ({"devices": ["GPU-a"]}, ("GPU-a",)),
         ({"devices": ["cpu"]}, ("cpu",)),
+        ({"devices": ["1", "0"]}, ("GPU-b", "GPU-a")),
+        ({"devices": ["cpu", "cpu"]}, ("cpu", "cpu")),
         ({"tensor_parallel": 2}, ("GPU-b", "GPU-a")),
         ({"tensor_parallel": 2, "devices": ["0", "1"]}, ("GPU-a", "GPU-b")),
         ({"tensor_parallel": 2, "devices": ["cpu", "cpu"]}, ("cpu", "cpu")),
@@ -77,8 +83,8 @@ async def test_a_node_without_gpus_runs_all_ranks_on_its_processor() -> None:
         ({"devices": ["0", "0"], "tensor_parallel": 2}, "different devices"),
         ({"devices": ["0", "cpu"], "tensor_parallel": 2}, "or cpu alone for all"),
         ({"devices": ["cpu", "cpu", "cpu"], "tensor_parallel": 2}, "different devices"),
-        ({"devices": ["cpu", "cpu"]}, "different devices"),
-        ({"devices": ["0", "1"]}, "different devices"),
+        ({"devices": ["0", "0"]}, "different devices"),
+        ({"devices": ["0", "1"], "tensor_parallel": 1}, "different devices"),
         ({"devices": []}, "different devices"),
         ({"tensor_parallel": 65, "devices": ["cpu"]}, "at most 64"),
         ({"tensor_parallel": 3}, "2 devices; tensor_parallel = 3"),
@@ -97,6 +103,59 @@ async def test_a_model_too_large_for_two_contexts_gets_all_that_the_device_has()
     served = await bench.loader.load(LoadRequest(model_id="m"), ignore)
     assert served.plan.order.memory_bytes == 50 * MIB
     assert bench.ledger.free("cpu") == 0
+
+
+@pytest.mark.parametrize(
+    ("budgets", "devices", "expected"),
+    [
+        ({"GPU-a": 100, "cpu": 80}, ["0"], 10 * MIB),
+        ({"GPU-a": 100, "cpu": 10_000}, ["0"], 2**30),
+        ({"GPU-a": 100, "cpu": 80}, ["cpu"], 2**30),
+        ({"GPU-a": 100}, None, 2**30),
+    ],
+)
+async def test_what_is_kept_on_the_host_is_bounded_by_the_hosts_memory(
+    budgets: dict[str, int], devices: list[str] | None, expected: int
+) -> None:
+    """Of a model that runs there the engine takes it out of the budget."""
+    served = await Bench(budgets).loader.load(LoadRequest(model_id="m", devices=devices), ignore)
+    assert served.plan.order.state_bytes == expected
+
+
+async def test_a_host_that_is_smaller_than_the_device_is_no_bound_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The sizes of each device are held against its own budget."""
+    bench = Bench({"GPU-a": 50, "cpu": 1000})
+    monkeypatch.setattr(bench.factory, "plan", with_host(bench.factory.plan, 60 * MIB))
+    bench.factory.bytes_per_device = 40 * MIB
+    served = await bench.loader.load(LoadRequest(model_id="m"), ignore)
+    assert served.plan.order.memory_bytes is None
+    assert {grant.device: grant.bytes // MIB for grant in bench.ledger.grants} == {"GPU-a": 40, "cpu": 60}
+
+
+async def test_a_report_counts_a_models_devices_and_shows_what_it_has_of_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench({"GPU-a": 100, "cpu": 100})
+    monkeypatch.setattr(bench.factory, "plan", with_host(bench.factory.plan, 5 * MIB))
+    request = LoadRequest(model_id="m", memory_mb=40)
+    resident = Resident(request, Admission(), configured=False)
+    resident.move("loading")
+    resident.loaded(await bench.loader.load(request, ignore), now=0, wall=0, seconds=0)
+    report = resident.report()
+    assert (report.devices, report.vram_used_mb) == (["GPU-a"], 40)
+    assert report.bytes_per_device == {"GPU-a": 40 * MIB, "cpu": 5 * MIB}
+
+
+def with_host(plan: Callable[[LoadOrder], LoadPlan], size: int) -> Callable[[LoadOrder], LoadPlan]:
+    """Plans that take so much of the host beside the devices."""
+
+    def both(order: LoadOrder) -> LoadPlan:
+        planned = plan(order)
+        return msgspec.structs.replace(planned, bytes_per_device={**planned.bytes_per_device, "cpu": size})
+
+    return both
 
 
 async def test_a_budget_that_was_asked_for_is_not_made_smaller() -> None:

@@ -4,15 +4,20 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from cortex.neuron import processes
 from cortex.neuron.engine.messages import Cancel, LoadProgress, Step
 from cortex.neuron.processes import Target, WarmServer
+from cortex.testing.clock import settle
 from cortex.wire.errors import LoadFailed
 
 pytestmark = pytest.mark.slow
@@ -24,7 +29,7 @@ from cortex.neuron.engine.messages import LoadProgress, Output, Step, Unframer, 
 def tie():
     ctypes.CDLL(None).prctl(1, 9)
 
-def echo(sock, word="", tied=True):
+def echo(sock, word="", tied=True, link=None):
     if tied:
         tie()
     sock.sendall(frame(LoadProgress(phase=f"{word}:{'colorsys' in sys.modules}", done=os.getppid(), total=0)))
@@ -177,6 +182,35 @@ async def test_a_cancelled_spawn_leaves_no_process(warm: WarmServer) -> None:
     await last.close()
     _, remaining = await asyncio.to_thread(psutil.wait_procs, server.children(), 5)
     assert not remaining
+
+
+async def test_a_spawn_that_is_cancelled_lets_what_it_sends_be_sent(
+    warm: WarmServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller closes the sockets among the arguments then; their numbers may soon be somebody else's."""
+    may_send, start, started = threading.Event(), processes._start, []
+
+    def late(*arguments: Any) -> Any:
+        assert may_send.wait(10)
+        started.append(start(*arguments))
+        return started[0]
+
+    monkeypatch.setattr(processes, "_start", late)
+    ours, theirs = socket.socketpair()
+    task = asyncio.create_task(warm.spawn("", True, theirs))
+    await settle()
+    for _ in range(2):
+        task.cancel()
+        await settle()
+        assert not task.done()
+    may_send.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    theirs.close()
+    with pytest.raises(ValueError, match="closed"):  # which it is when it has been waited for
+        started[0].is_alive()
+    assert ours.recv(1) == b"", "the other end was the process's alone"
+    ours.close()
 
 
 async def test_stopping_leaves_a_server_that_others_use(warm: WarmServer) -> None:

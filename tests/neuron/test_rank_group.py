@@ -162,6 +162,29 @@ async def test_workers_that_all_end_without_a_word_have_not_loaded(bench: Bench)
         await bench.load()
 
 
+async def test_a_rank_that_dies_when_it_has_loaded_fails_the_load_of_the_others(bench: Bench) -> None:
+    loading = asyncio.create_task(bench.load())
+    bench.workers[1].say(READY)
+    while bench.workers[1].mouth.qsize():
+        await asyncio.sleep(0)
+    bench.workers[1].die("was killed")
+    with pytest.raises(LoadFailed, match="Rank 1 of 3: The worker was killed while others loaded the model"):
+        await asyncio.wait_for(loading, 5)
+
+
+async def test_a_rank_that_ends_quietly_when_it_has_loaded_leaves_the_cause_to_the_others(
+    bench: Bench,
+) -> None:
+    loading = asyncio.create_task(bench.load())
+    bench.workers[1].say(READY)
+    while bench.workers[1].mouth.qsize():
+        await asyncio.sleep(0)
+    bench.workers[1].die(FINE)
+    bench.workers[0].die("was killed")
+    with pytest.raises(LoadFailed, match="Rank 0 of 3: The worker was killed"):
+        await asyncio.wait_for(loading, 5)
+
+
 async def test_a_load_that_is_cancelled_leaves_no_task(bench: Bench) -> None:
     loading = asyncio.create_task(bench.load())
     await asyncio.sleep(0)
@@ -205,12 +228,26 @@ async def test_when_one_rank_ends_all_do_and_it_is_told_which_and_how(
     assert all(worker.exit.done() for worker in bench.workers)
 
 
-async def test_what_a_rank_said_of_its_end_is_told(bench: Bench) -> None:
+@pytest.mark.parametrize(
+    ("cause", "failed"), [("step", "ran out of memory in a step on rank 1 of 3"), ("engine", None)]
+)
+async def test_what_a_rank_said_of_its_end_is_told(bench: Bench, cause: Any, failed: str | None) -> None:
     await bench.loaded()
-    bench.workers[1].say(Broken(reason="ran out of memory in a step"))
+    bench.workers[1].say(Broken(reason="ran out of memory in a step", cause=cause))
     for worker in bench.workers[1:]:
         worker.die(FINE)
     assert await bench.group.ended() == f"lost rank 1 of 3, which ran out of memory in a step, and {FINE}"
+    assert bench.group.failed_step == failed
+
+
+async def test_the_rank_that_notices_a_silent_one_is_not_taken_for_it(bench: Bench) -> None:
+    await bench.loaded()
+    bench.workers[1].say(Broken(reason="waited for rank 0 in vain", cause="silence"))
+    bench.workers[1].die(FINE)
+    assert await bench.group.ended() == (
+        f"lost a rank of 3, which did not take part: rank 1 waited for rank 0 in vain, and {FINE}"
+    )
+    assert bench.group.failed_step is None
 
 
 async def test_of_a_model_that_is_not_divided_nobody_hears_of_ranks() -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cortex.neuron.hub_files import Repository
 from cortex.neuron.references import References, Wheels, parse_wheels
 from cortex.wire.errors import BadRequest, CortexError, Forbidden, UnknownModel
 from cortex.wire.node import Progress
@@ -80,7 +81,8 @@ async def test_absolute_paths_need_their_kind_allowed(models_dir: Path) -> None:
         ("notes.txt", BadRequest, "no .gguf file"),
         ("org/many", BadRequest, "name one: a.gguf, b.gguf"),
         ("empty", UnknownModel, "neither safetensors nor"),
-        ("hf:org/name", BadRequest, "hf: are not supported .* It takes: local"),
+        ("ftp:org/name", BadRequest, "ftp: are not supported .* It takes: local"),
+        ("hf:org/name", Forbidden, "loads nothing of the kind 'hf'"),
     ],
 )
 async def test_what_is_not_there_is_told_with_what_is(
@@ -88,6 +90,56 @@ async def test_what_is_not_there_is_told_with_what_is(
 ) -> None:
     with pytest.raises(error, match=words):
         await References(models_dir, FakeFetcher()).locate(reference, ignore)
+
+
+class FakeHub:
+    def __init__(self) -> None:
+        self.asked: list[Repository] = []
+
+    async def fetch(self, repository: Repository, report: object) -> Path:
+        self.asked.append(repository)
+        return Path("/cache/snapshot")
+
+
+@pytest.mark.parametrize(
+    ("reference", "asked"),
+    [
+        ("hf:org/name", Repository("org/name", "main", "Q4_K_M")),
+        ("hf:org/dense@refs/pr/1", Repository("org/dense", "refs/pr/1", "Q4_K_M")),
+        ("org/absent", Repository("org/absent", "main", "Q4_K_M")),
+        ("org/absent@v2", Repository("org/absent", "v2", "Q4_K_M")),
+        ("org/dense", None),
+        ("org/lone", None),
+    ],
+)
+async def test_a_repository_is_fetched_unless_a_plain_name_is_here(
+    models_dir: Path, reference: str, asked: Repository | None
+) -> None:
+    hub = FakeHub()
+    references = References(models_dir, FakeFetcher(), ("local", "hf"), hub)
+    path = await references.locate(reference, ignore, "Q4_K_M")
+    assert hub.asked == ([] if asked is None else [asked])
+    assert (path == Path("/cache/snapshot")) == (asked is not None)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["hf:name", "hf:org/name/x", "hf:../name", "hf:org/na me", "hf:org/a--b", "hf:org/name@../x", "hf:-/x"],
+)
+async def test_what_names_no_repository_is_refused(models_dir: Path, reference: str) -> None:
+    hub = FakeHub()
+    with pytest.raises(BadRequest, match="names no repository"):
+        await References(models_dir, FakeFetcher(), ("local", "hf"), hub).locate(reference, ignore)
+    assert hub.asked == []
+
+
+async def test_a_directory_of_one_split_file_is_its_first_part(models_dir: Path) -> None:
+    folder = models_dir / "org" / "split"
+    folder.mkdir()
+    for number in (2, 1, 3):
+        (folder / f"m-0000{number}-of-00003.gguf").touch()
+    found = await References(models_dir, FakeFetcher()).locate("org/split", ignore)
+    assert found == folder / "m-00001-of-00003.gguf"
 
 
 async def test_wheels_are_fetched_if_their_kind_is_allowed(models_dir: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ class Node:
         engine = self.engines[order.model_id] = ScriptedEngine()
         return engine
 
-    async def locate(self, reference: str, report: object) -> Path:
+    async def locate(self, reference: str, report: object, quant: str | None) -> Path:
         self.located.append(reference)
         if reference in self.missing:
             raise UnknownModel(f"There is no model {reference!r}.")
@@ -418,6 +419,26 @@ async def test_a_model_comes_back_as_it_was_loaded(node: Node) -> None:
     report = await node.residents.ensure(request())
     assert report.vram_used_mb == 10
     assert node.located == ["somewhere", "somewhere"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "loaded"),
+    [
+        ({"dtype": "float32"}, {"quant": "int8"}, ("int8", None, 1)),
+        ({"quant": "int8"}, {"dtype": "float32"}, (None, "float32", 1)),
+        ({"devices": ["cpu"]}, {"tensor_parallel": 2}, (None, None, 2)),
+        ({"tensor_parallel": 2}, {"devices": ["cpu"]}, (None, None, 1)),
+        ({"tensor_parallel": 2, "devices": ["cpu", "cpu"], "quant": "int8"}, {}, ("int8", None, 2)),
+    ],
+)
+async def test_what_a_load_says_replaces_what_was_said_before_in_another_way(
+    node: Node, before: dict[str, Any], now: dict[str, Any], loaded: tuple[Any, ...]
+) -> None:
+    await node.residents.ensure(request(**before))
+    await node.residents.unload("m")
+    await node.residents.ensure(request(**now))
+    (plan,) = [model.plan for model in node.factory.live]
+    assert (plan.order.quant, plan.order.dtype, plan.order.tensor_parallel) == loaded
 
 
 async def test_an_engine_that_fails_oddly_fails_only_its_load(node: Node) -> None:

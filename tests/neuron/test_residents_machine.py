@@ -95,7 +95,7 @@ async def at_once(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-async def locate(reference: str, report: object) -> Path:
+async def locate(reference: str, report: object, quant: str | None) -> Path:
     return Path(reference)
 
 

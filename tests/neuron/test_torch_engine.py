@@ -52,9 +52,10 @@ def test_a_plan_is_weights_two_contexts_and_the_process(tiny: Path) -> None:
     with open_checkpoint(tiny) as checkpoint:
         shape = read_shape(checkpoint)
     for dtype in ("packed16", "int8", "int4", "float32"):
-        plan = TorchFactory().plan(order(tiny, dtype=dtype))
+        device = "GPU-a" if dtype == "int4" else "cpu"
+        plan = TorchFactory().plan(order(tiny, dtype=dtype, devices=(device,)))
         cache = 2 * shape.max_position * shape.kv_bytes_per_token
-        assert plan.bytes_per_device == {"cpu": shape.weight_bytes(dtype) + cache + PROCESS_BYTES}
+        assert plan.bytes_per_device == {device: shape.weight_bytes(dtype) + cache + PROCESS_BYTES}
         assert plan.limit.context == plan.limit.input == plan.limit.output == shape.max_position
         assert (plan.detail.dtype, plan.detail.cache_tokens) == (dtype, 2 * shape.max_position)
 
@@ -79,6 +80,22 @@ def test_a_plan_has_states_for_all_who_run_and_for_those_that_are_kept(make_tiny
     assert sizes[40] - sizes[0] == 40 * state
     tight = order(path, memory_bytes=PROCESS_BYTES + 64 * MIB)
     assert TorchFactory().plan(tight).detail.checkpoints == tight.memory_bytes // 8 // state
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_states_that_are_kept_lie_on_the_host_whatever_the_model_runs_on(
+    make_tiny: Callable[..., Any], ranks: int
+) -> None:
+    path = make_tiny("qwen3_5_text").directory
+    with open_checkpoint(path) as checkpoint:
+        state = read_shape(checkpoint).state_bytes
+    devices = tuple(f"GPU-{rank}" for rank in range(ranks))
+    tight = order(path, devices=devices, memory_bytes=PROCESS_BYTES + 64 * MIB, state_bytes=10 * state)
+    plan = TorchFactory().plan(tight)
+    assert plan.detail.checkpoints == 10, "which are not taken from the device's budget"
+    assert plan.bytes_per_device == {**dict.fromkeys(devices, tight.memory_bytes), "cpu": 10 * state}
+    without = TorchFactory().plan(order(path, devices=devices, prefix_cache=False))
+    assert list(without.bytes_per_device) == list(devices)
 
 
 def test_a_budget_is_taken_as_it_is_and_the_cache_gets_what_is_left(tiny: Path) -> None:
@@ -109,10 +126,22 @@ def test_the_dtype_is_the_orders_else_the_configured_else_packed16(tiny: Path) -
     assert TorchFactory(dtype="float32").plan(order(tiny, dtype="packed16")).detail.dtype == "packed16"
 
 
+@pytest.mark.parametrize("quant", ["int8", "INT8"])
+def test_a_quant_that_says_how_weights_are_held_goes_before_the_configured_dtype(
+    tiny: Path, quant: str
+) -> None:
+    factory = TorchFactory(dtype="float32")
+    assert factory.plan(order(tiny, quant=quant)).detail.dtype == "int8"
+    assert factory.plan(order(tiny, quant=quant, dtype="int8")).detail.dtype == "int8"
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        ({"dtype": "packed16", "quant": "int8"}, "quant = 'int8' and dtype = 'packed16' contradict"),
         ({"dtype": "bf17"}, "no dtype 'bf17'; it is packed16, int8, int4, float32"),
+        ({"dtype": "int4"}, "form int4 exists on GPUs only, and m would run on the processor"),
+        ({"quant": "int4", "devices": ("cpu",) * 2}, "form int4 exists on GPUs only"),
         ({"dtype": "float32 "}, "no dtype 'float32 '"),
         ({"quant": "q4_k_m"}, "not of the quantisation 'q4_k_m'"),
         ({"devices": ("cpu",) * 3}, "2 KV heads can neither be divided among 3 ranks"),

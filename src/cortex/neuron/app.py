@@ -23,13 +23,14 @@ from cortex.neuron.admission import Admission
 from cortex.neuron.api import NodeApi
 from cortex.neuron.chat_api import ChatApi
 from cortex.neuron.hardware import CPU, Hardware
+from cortex.neuron.hub import HubCache
 from cortex.neuron.loading import Loader
 from cortex.neuron.memory import MIB, Ledger, budget_of
 from cortex.neuron.metrics import NeuronMetrics
 from cortex.neuron.monitor import Monitor
 from cortex.neuron.references import References
 from cortex.neuron.residents import Residents
-from cortex.neuron.torch_engine import DTYPES, TorchFactory
+from cortex.neuron.torch_engine import CUDA_DTYPES, DTYPES, TorchFactory
 from cortex.neuron.wheels import WheelCache
 from cortex.plugins import EnginePlugins, load_engine_plugins
 from cortex.web.idle import CallLater, Clock, loop_call_later
@@ -95,6 +96,7 @@ def build_neuron(
     BadRequest if a default model names an engine that is not installed.
     """
     hardware = hardware or Hardware()
+    _check_dtype(config.harness.torch.dtype, hardware)
     engines = _torch_first(load_engines(config).engines) if factories is None else factories
     metrics = NeuronMetrics()
     ledger = _ledger(config, hardware)
@@ -157,7 +159,7 @@ def _loader(
 def _references(config: NeuronConfig) -> References:
     models_dir = Path(config.models_dir).expanduser().absolute()
     try:
-        return References(models_dir, WheelCache(models_dir / "cache"), config.sources)
+        return References(models_dir, WheelCache(models_dir / "cache"), config.sources, HubCache())
     except ValueError as error:
         raise ConfigError(f"sources: {error}.") from None
 
@@ -167,17 +169,22 @@ def _defaults(config: NeuronConfig) -> list[LoadRequest]:
 
 
 def load_engines(config: NeuronConfig) -> EnginePlugins:
-    """The engines that plugins bring, and torch. Raises ConfigError, PluginError."""
-    dtype = config.harness.torch.dtype
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"harness.torch.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
+    """The engines that plugins bring, and torch. Raises PluginError."""
     torch = config.harness.torch
     options = {
         "cuda_paged": torch.cuda_paged,
         "cuda_graphs": torch.cuda_graphs,
         "watchdog_s": torch.watchdog_s,
     }
-    return load_engine_plugins(extra=[TorchFactory(dtype=dtype, options=options)])
+    return load_engine_plugins(extra=[TorchFactory(dtype=torch.dtype, options=options)])
+
+
+def _check_dtype(dtype: str | None, hardware: Hardware) -> None:
+    """Raises ConfigError where no load without a dtype of its own could succeed."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"harness.torch.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if dtype in CUDA_DTYPES and not hardware.cuda.devices:
+        raise ConfigError(f"harness.torch.dtype: {dtype} exists on GPUs only, of which this node has none.")
 
 
 def _torch_first(engines: Mapping[str, EngineFactory]) -> dict[str, EngineFactory]:

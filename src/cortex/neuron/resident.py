@@ -212,9 +212,10 @@ class Resident:
         if self.served is not None:
             plan = self.served.plan
             report.loaded_at = self._loaded_wall
-            report.devices = list(plan.bytes_per_device)
-            report.bytes_per_device = dict(plan.bytes_per_device)
-            report.vram_used_mb = sum(plan.bytes_per_device.values()) // MIB
+            sizes = plan.bytes_per_device
+            report.devices = [device for device in sizes if device in plan.order.devices]
+            report.bytes_per_device = dict(sizes)
+            report.vram_used_mb = sum(sizes[device] for device in report.devices) // MIB
             report.capabilities = list(plan.capabilities)
             report.limit = plan.limit
             report.tool_call = plan.tool_call

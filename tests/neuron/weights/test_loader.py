@@ -217,27 +217,10 @@ class Abort(Exception):
     pass
 
 
-def test_an_abort_frees_everything(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "TOLD_BYTES", 1)
-    taker = Taker(w=(48, 64), long=(3, CHUNK))
-    watched = weakref.ref(taker)
-
-    def abort(done: int, total: int) -> None:
-        if done:
-            raise Abort
-
-    with pytest.raises(Abort):
-        load(taker, {"w": whole("upper"), "long": whole("long")}, checkpoint, abort)
-    assert taker.given == []
-    del taker
-    gc.collect()
-    assert watched() is None
-
-
-def test_an_abort_stops_modules_that_are_being_filled(
+def test_an_abort_stops_modules_that_are_being_filled_and_frees_everything(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A module that reads on and on ends at its next chunk, and no other is begun."""
+    """A module that reads on and on ends at its next chunk, no other is begun, and nothing holds the tree."""
     monkeypatch.setattr(loader, "TOLD_BYTES", 1)
     ended = threading.Event()
 
@@ -259,6 +242,10 @@ def test_an_abort_stops_modules_that_are_being_filled(
     assert ended.is_set()
     assert tree["b"].given == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fill")]
+    watched = weakref.ref(tree)
+    del tree
+    gc.collect()
+    assert watched() is None
 
 
 def test_modules_are_filled_side_by_side_within_the_bytes_of_the_largest(checkpoint: Checkpoint) -> None:

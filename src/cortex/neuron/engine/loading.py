@@ -23,7 +23,7 @@ from cortex.neuron.engine.runner import CudaOptions, Runner, load_runner
 from cortex.neuron.engine.scheduler import Scheduler
 from cortex.neuron.engine.threads import best_threads
 from cortex.neuron.models.shape import ModelShape
-from cortex.neuron.nn.parallel import RankGone
+from cortex.neuron.nn.parallel import RankGone, RankSilent
 from cortex.neuron.nn.placement import Dtype, Placement, Share
 from cortex.wire.errors import LoadFailed
 
@@ -67,6 +67,8 @@ def load_model(order: Load, channel: Channel, ranks: Ranks) -> Runner:
             best = best_threads(runner, order.threads)
             runner.most_threads = best if best < order.threads else None
             torch.set_num_threads(best)
+    except RankSilent as silent:
+        raise LoadFailed(f"The ranks of the model have not met: this one {silent}.") from None
     except (LoadFailed, PeerGone, RankGone):
         raise
     except Exception as error:

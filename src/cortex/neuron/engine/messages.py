@@ -117,6 +117,9 @@ class Broken(_Message, frozen=True, kw_only=True, tag="broken"):
     """The engine cannot go on; the worker ends after it. `reason` follows "it"."""
 
     reason: str
+    cause: Literal["engine", "step", "silence"] = "engine"
+    """`step`: one failed on a rank that does not report steps, and its sequences may be at fault; `silence`:
+    another rank did not take part, and this one noticed."""
 
 
 Report = LoadProgress | Ready | LoadRefused | Step | Broken

@@ -71,7 +71,7 @@ def run(sock: socket.socket, links: Iterable[socket.socket] = ()) -> None:
             else:
                 Loop(channel, runner, make_scheduler(order, runner.shape), ranks).run()
         except RankSilent as silent:
-            channel.send(Broken(reason=str(silent)))
+            channel.send(Broken(reason=str(silent), cause="silence"))
     except (PeerGone, RankGone) as gone:  # the node sees itself that a rank has ended
         _log.debug("worker ends: %s", gone)
 
@@ -96,7 +96,7 @@ def follow(channel: Channel, runner: Runner, ranks: Ranks) -> None:
             raise
         except Exception as error:
             _log.exception("a step failed")
-            channel.send(Broken(reason=_broken_by(error)))
+            channel.send(Broken(reason=_broken_by(error), cause="step"))
             return
 
 

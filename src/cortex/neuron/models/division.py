@@ -63,7 +63,8 @@ def rank_weight_bytes(shape: ModelShape, ranks: int, dtype: str, *, packs: bool 
 def _divided(shape: ModelShape) -> Iterator[tuple[str, int]]:
     """What there must be equally much of on every rank."""
     yield "heads", shape.heads
-    yield "intermediate rows", shape.intermediate
+    if not all(map(shape.has_experts, range(shape.layers))):
+        yield "intermediate rows", shape.intermediate
     if shape.experts is not None:
         yield "experts", shape.experts.count
         yield "intermediate rows of the shared expert", shape.experts.shared_intermediate

@@ -260,7 +260,11 @@ def pack(weight: Rows, bias: Tensor | None, dtype: str) -> Matrix:
 
 def staged_bytes(outputs: int, inputs: int, dtype: str) -> int:
     """Most bytes that `pack` takes on the way, beside the finished matrix."""
-    return (_planes(outputs, inputs, dtype) or 4) * outputs * inputs
+    planes = _planes(outputs, inputs, dtype)
+    if not planes:
+        return 4 * outputs * inputs
+    copies = 1 if isinstance(integer_kernel(), OneDnn) else 2  # FBGEMM packs from a copy
+    return copies * planes * outputs * inputs
 
 
 def _planes(outputs: int, inputs: int, dtype: str) -> int:

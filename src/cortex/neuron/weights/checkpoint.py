@@ -6,6 +6,7 @@ Maps files read-only, and only those that are read. Knows no torch and no model.
 from __future__ import annotations
 
 import mmap
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -16,6 +17,8 @@ from cortex.neuron.weights.layout import TensorInfo, damaged
 from cortex.wire.errors import LoadFailed
 
 CONFIG: Final = "config.json"
+_PART: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+"""How the name of one part of a split GGUF file ends, as llama-gguf-split names them."""
 
 
 class Checkpoint:
@@ -96,6 +99,8 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the headers of a `.gguf` file, or of a directory with config.json and *.safetensors.
 
+    A split GGUF file is named by any of its parts.
+
     Raises LoadFailed: nothing there, neither format, or a header that does not hold together.
     """
     try:
@@ -110,11 +115,34 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint("safetensors", path, model_type, safetensors.read_directory(path), config=config)
     if not is_file:
         raise LoadFailed(f"{path} does not exist; a .gguf file or a directory with safetensors is needed.")
-    header = gguf.read_header(path)
+    header, tensors = _parts(path)
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise damaged(path, "the metadata lacks general.architecture")
-    parts = header.metadata.get("split.count", 1)
-    if parts != 1:
-        raise LoadFailed(f"{path} is one of {parts} parts; join them with llama-gguf-split --merge first.")
-    return Checkpoint("gguf", path, architecture, header.tensors, metadata=header.metadata)
+    return Checkpoint("gguf", path, architecture, tensors, metadata=header.metadata)
+
+
+def _parts(path: Path) -> tuple[gguf.Header, dict[str, TensorInfo]]:
+    """The header of a GGUF file and its tensors; of a split one the first header, and all parts' tensors."""
+    header = gguf.read_header(path)
+    count = header.metadata.get("split.count", 1)
+    if count in (0, 1):
+        return header, header.tensors
+    ending = _PART.search(path.name)
+    if not ending or int(ending[2]) != count:
+        raise LoadFailed(
+            f"{path} is one of {count} parts, and its name does not say so: the first of nine is called "
+            f"name-00001-of-00009.gguf."
+        )
+    tensors: dict[str, TensorInfo] = {}
+    headers = []
+    for number in range(1, int(count) + 1):
+        part = path.with_name(f"{path.name[: ending.start()]}-{number:05}-of-{ending[2]}.gguf")
+        headers.append(gguf.read_header(part))
+        if headers[-1].metadata.get("split.no") != number - 1:
+            raise LoadFailed(f"{part} is not part {number} of {count}, as its name says.")
+        for name, tensor in headers[-1].tensors.items():
+            if name in tensors:
+                raise LoadFailed(f"Tensor {name} is both in {tensors[name].file} and in {part}.")
+            tensors[name] = tensor
+    return headers[0], tensors

@@ -1,0 +1,164 @@
+"""Which files of a Hugging Face repository make a model, and where its cache keeps them.
+
+Only configuration, tokenizer and weights as data are ever wanted: no pickles, no code. Opens no connection.
+Layout of the cache: huggingface_hub's guide "Understand caching".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from cortex.wire.errors import BadRequest, UnknownModel
+
+INDEX: Final = "model.safetensors.index.json"
+SINGLE: Final = "model.safetensors"
+BESIDE: Final = frozenset(
+    {
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+        *("chat_template.json", "chat_template.jinja"),
+    }
+)
+"""What comes with safetensors."""
+
+_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
+_REPOSITORY: Final = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9][A-Za-z0-9_./-]{{0,99}}))?")
+SPLIT: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
+"""How the name of one part of a split GGUF file ends: its number and how many there are."""
+_QUANT: Final = re.compile(r"(ud-)?(i?q\d|tq\d|mxfp4|nvfp4|bf16|f16|f32)", re.IGNORECASE)
+
+
+class Repository(msgspec.Struct, frozen=True):
+    """`name` is org/name; `revision` a branch, tag or commit; `quant` chooses among GGUF files."""
+
+    name: str
+    revision: str = "main"
+    quant: str | None = None
+
+
+class Model(msgspec.Struct, frozen=True):
+    """The files of a model; `path` is what to open below the snapshot's folder, "" for the folder itself."""
+
+    files: tuple[str, ...]
+    path: str
+
+
+def parse_repository(text: str, quant: str | None) -> Repository:
+    """Of `org/name` or `org/name@revision`. Raises BadRequest."""
+    found = _REPOSITORY.fullmatch(text)
+    if not found or ".." in text or "--" in found[1]:
+        raise BadRequest(
+            f"{text!r} names no repository: that is org/name or org/name@revision.", param="source"
+        )
+    return Repository(found[1], found[2] or "main", quant)
+
+
+def choose(repository: Repository, names: Collection[str]) -> Model:
+    """The model among the files of a repository: what `quant` names, else safetensors, else a lone GGUF.
+
+    Raises BadRequest where several would do or the quant is not there, UnknownModel where nothing does.
+    """
+    ggufs = [name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
+    shards = _safetensors(names)
+    if repository.quant is not None:
+        matching = [name for name in ggufs if _is_of(name, repository.quant)]
+        if matching:
+            return _gguf(repository, matching)
+        if ggufs and _QUANT.match(repository.quant):
+            raise BadRequest(
+                f"{repository.name} has no GGUF file {repository.quant!r}; it has {_listing(ggufs)}.",
+                param="quant",
+            )
+    if shards and "config.json" in names:
+        return Model((*sorted(BESIDE.intersection(names)), *shards), "")
+    if ggufs:
+        return _gguf(repository, ggufs)
+    raise UnknownModel(
+        f"{repository.name} holds no model that can be loaded: neither safetensors with a config.json "
+        f"nor a .gguf file.",
+        param="source",
+    )
+
+
+def _safetensors(names: Collection[str]) -> list[str]:
+    """As `weights.safetensors` reads a directory; of what its index names everything is fetched."""
+    here = sorted(name for name in names if "/" not in name and name.endswith(".safetensors"))
+    if INDEX in names:
+        return [INDEX, *(name for name in here if not name.startswith("consolidated"))]
+    return [SINGLE] if SINGLE in names else here
+
+
+def _gguf(repository: Repository, names: list[str]) -> Model:
+    """One file or the parts of one; of several that match, the one with nothing else in its name."""
+    wholes: dict[str, list[str]] = {}
+    for name in sorted(names):
+        wholes.setdefault(SPLIT.sub("", name).removesuffix(".gguf"), []).append(name)
+    by_length = sorted(wholes, key=len)
+    if len(by_length) > 1 and (repository.quant is None or len(by_length[0]) == len(by_length[1])):
+        raise BadRequest(
+            f"{repository.name} holds several GGUF files; name one, or what tells it apart, as the load's "
+            f"`quant`: {_listing(names)}.",
+            param="quant",
+        )
+    parts = wholes[by_length[0]]
+    split = SPLIT.search(parts[0])
+    if split and len(parts) != int(split[2]):
+        raise UnknownModel(
+            f"{repository.name} holds {len(parts)} of the {int(split[2])} parts of {by_length[0]}.",
+            param="source",
+        )
+    return Model(tuple(parts), parts[0])
+
+
+def _is_of(name: str, quant: str) -> bool:
+    """Whether a file is the one, or of the quantisation, that a load names; case does not matter."""
+    wanted = quant.lower()
+    stem = SPLIT.sub("", name.lower()).removesuffix(".gguf")
+    if wanted in (name.lower(), stem, Path(name).name.lower(), Path(stem).name):
+        return True
+    parts = "-" + re.sub(r"[./]", "-", stem) + "-"
+    return any(f"-{form}-" in parts for form in (wanted, wanted.replace("-", "_")))
+
+
+def cached(repository: Repository, cache: Path) -> Path | None:
+    """What to open of a model that the cache holds whole, or None. Raises BadRequest as `choose` does."""
+    folder = folder_of(repository, cache)
+    try:
+        commit = (folder / "refs" / repository.revision).read_text().strip()
+    except OSError:
+        commit = repository.revision
+    snapshot = folder / "snapshots" / commit
+    names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+    try:
+        model = choose(repository, names)
+    except UnknownModel:
+        return None
+    if INDEX in model.files and not _indexed(snapshot / INDEX) <= set(names):
+        return None
+    return snapshot / model.path
+
+
+def folder_of(repository: Repository, cache: Path) -> Path:
+    return cache / f"models--{repository.name.replace('/', '--')}"
+
+
+def _indexed(index: Path) -> set[str]:
+    """The shards that an index names; something that no snapshot holds if it cannot be read."""
+    try:
+        return set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
+    except (OSError, msgspec.DecodeError):
+        return {""}
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _listing(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")
