@@ -1,4 +1,4 @@
-"""How much memory packed matrices take. Knows no torch, so that loads can be planned with it.
+"""How much memory matrices take, packed or not. Knows no torch, so that loads can be planned with it.
 
 Sources: PackedGemmMatrixB in FBGEMM's FbgemmPackMatrixB.h (blocks of 512 inputs by 16 outputs, all of them
 whole and in memory); oneDNN's blocked int8 layouts, of 64 inputs by up to 64 outputs; torch's int4mm.cu.
