@@ -7,12 +7,11 @@ CUDA tensors, which proves shapes, types and devices, no numbers. Owns no pages;
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from cortex.neuron.nn.plan import Copy
 from cortex.neuron.nn.step import Step
@@ -42,8 +41,12 @@ class PagedCache:
     ) -> None:
         self._stored = torch.empty(layers, 2, rows // PAGE, PAGE, kv_heads, width, device=device, dtype=dtype)
         self.nbytes = self._stored.nbytes
+        # Here, as it brings torch's compiler along: a second and many megabytes that only this cache needs.
+        from torch.nn.attention.varlen import varlen_attn
+
         windows = [window if index in near else None for index in range(layers)]
-        self.layers = [LayerPages(*each) for each in zip(self._stored.unbind(), windows, strict=True)]
+        layers_windows = zip(self._stored.unbind(), windows, strict=True)
+        self.layers = [LayerPages(varlen_attn, *each) for each in layers_windows]
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy rows of every layer, one order after the other."""
@@ -53,9 +56,10 @@ class PagedCache:
 
 
 class LayerPages:
-    """One layer of the cache, with a window or None."""
+    """One layer of the cache, with a window or None; `attention` is torch's."""
 
-    def __init__(self, stored: Tensor, window: int | None = None) -> None:
+    def __init__(self, attention: Callable[..., object], stored: Tensor, window: int | None = None) -> None:
+        self._attention = attention
         # Keys to the left of the token and to its right; for varlen_attn the window does not count itself.
         self._window = (EVERYTHING if window is None else window - 1, 0)
         self._keys, self._values = stored.unbind()
@@ -76,7 +80,7 @@ class LayerPages:
         pages = step.pages
         if pages is None:
             raise ValueError("the step was prepared for a cache without pages")
-        seen = varlen_attn(
+        seen = self._attention(
             queries.to(self._keys.dtype),
             self._keys,
             self._values,
