@@ -157,6 +157,19 @@ def test_parameters_are_handed_over_in_their_own_dtype(checkpoint: Checkpoint) -
     assert torch.equal(given["w"], LOWER_NUMBERS.half())
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+@pytest.mark.parametrize("columns", [None, (0, 32)])
+def test_what_is_handed_over_is_no_part_of_the_file(
+    checkpoint: Checkpoint, columns: tuple[int, int] | None
+) -> None:
+    """Which would change with it, and which nobody may write to."""
+    width = 64 if columns is None else 32
+    given = filled(checkpoint, Taker(w=(48, width)), w=(Piece("upper", columns=columns),))
+    mapped = torch.frombuffer(checkpoint.data(checkpoint.path), dtype=torch.uint8)
+    assert not 0 <= given["w"].data_ptr() - mapped.data_ptr() < mapped.numel()
+    given["w"].add_(1)
+
+
 def test_progress_counts_the_bytes_that_are_read_up_to_all_of_them(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

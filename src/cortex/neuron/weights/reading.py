@@ -104,7 +104,11 @@ class Parameter:
             return None
         if (stop - start) * self.shape[1] > CHUNK:
             return None
-        return self._numbers(piece, self._stored.tensor(piece.tensor), range(start, stop))
+        tensor = self._stored.tensor(piece.tensor)
+        numbers = self._numbers(piece, tensor, range(start, stop))
+        # What is fp32 in the file is the file: whoever keeps it, or writes to it as packing does that bounds
+        # weights in place, needs memory of its own.
+        return numbers.clone() if tensor.dtype == "F32" else numbers
 
     def _piece(self, piece: Piece, tensor: TensorInfo, first: int, last: int, target: Tensor) -> None:
         """Rows [first, last) of what the piece makes, which is in another order than its tensor's rows."""
