@@ -14,7 +14,7 @@ MEMORY: Final = 0.3
 """Weight of the newest step in what is believed of decode."""
 FIRST: Final = 64
 """Tokens, as long as nothing is known."""
-LEAST: Final = 16
+LEAST: Final = 8
 """Tokens: a prompt goes on by this much however slow the steps are."""
 GROW: Final = 1.5
 SHRINK: Final = 0.5
