@@ -172,6 +172,14 @@ def test_a_quant_chooses_the_file_whatever_its_case(
     assert hub.asked == [file]
 
 
+def test_a_form_of_the_weights_chooses_no_file(hub: FakeHub, tmp_path: Path) -> None:
+    hub.files = {"name-Q8_0.gguf": b"g", "name-int8.gguf": b"i"} | safetensors()
+    assert (fetch(hub, tmp_path, "INT8") / "config.json").is_file()
+    assert not [name for name in hub.asked if name.endswith(".gguf")]
+    hub.files = {"name-Q8_0.gguf": b"g"}
+    assert fetch(hub, tmp_path, "int4").name == "name-Q8_0.gguf"
+
+
 def test_parts_of_a_split_file_come_together(hub: FakeHub, tmp_path: Path) -> None:
     parts = [f"q8/name-Q8_0-0000{part}-of-00003.gguf" for part in (1, 2, 3)]
     hub.files = {name: name.encode() for name in (*parts, "name-Q4_0.gguf")}
@@ -185,6 +193,8 @@ def test_parts_of_a_split_file_come_together(hub: FakeHub, tmp_path: Path) -> No
     [
         (GGUFS, None, BadRequest, "several GGUF files; name one.*name-Q4_K_M.gguf"),
         (GGUFS, "q3_k_m", BadRequest, "no GGUF file 'q3_k_m'; it has name-Q4_K_M.gguf"),
+        (GGUFS, "smallest", BadRequest, "no GGUF file 'smallest'; it has name-Q4_K_M.gguf"),
+        (GGUFS, "int8", BadRequest, "several .* as the load's `quant` and the form as its `dtype`: name-Q4"),
         (("a-00001-of-00002.gguf",), None, UnknownModel, "1 of the 2 parts of a"),
         (("pytorch_model.bin", "config.json"), None, UnknownModel, "neither safetensors"),
         (("../x.gguf", "/etc/y.gguf"), None, UnknownModel, "neither safetensors"),

@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from cortex.wire.errors import BadRequest, UnknownModel
+from cortex.wire.node import QUANT_FORMS
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -30,7 +31,6 @@ _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 _REPOSITORY: Final = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9][A-Za-z0-9_./-]{{0,99}}))?")
 SPLIT: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 """How the name of one part of a split GGUF file ends: its number and how many there are."""
-_QUANT: Final = re.compile(r"(ud-)?(i?q\d|tq\d|mxfp4|nvfp4|bf16|f16|f32)", re.IGNORECASE)
 
 
 class Repository(msgspec.Struct, frozen=True):
@@ -61,23 +61,25 @@ def parse_repository(text: str, quant: str | None) -> Repository:
 def choose(repository: Repository, names: Collection[str]) -> Model:
     """The model among the files of a repository: what `quant` names, else safetensors, else a lone GGUF.
 
-    Raises BadRequest where several would do or the quant is not there, UnknownModel where nothing does.
+    A quant that is a form, such as int8, names no file. Raises BadRequest where several would do or nothing
+    is of the quant, UnknownModel where nothing can be loaded.
     """
     ggufs = [name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
     shards = _safetensors(names)
-    if repository.quant is not None:
-        matching = [name for name in ggufs if _is_of(name, repository.quant)]
-        if matching:
-            return _gguf(repository, matching)
-        if ggufs and _QUANT.match(repository.quant):
+    quant = repository.quant
+    if quant is not None and quant.lower() not in QUANT_FORMS and ggufs:
+        matching = [name for name in ggufs if _is_of(name, quant)]
+        if not matching:
             raise BadRequest(
-                f"{repository.name} has no GGUF file {repository.quant!r}; it has {_listing(ggufs)}.",
+                f"{repository.name} has no GGUF file {quant!r}; it has {_listing(ggufs)}. Name one, or what "
+                f"tells it apart, as the load's `quant`.",
                 param="quant",
             )
+        return _gguf(repository, matching, shortest=True)
     if shards and "config.json" in names:
         return Model((*sorted(BESIDE.intersection(names)), *shards), "")
     if ggufs:
-        return _gguf(repository, ggufs)
+        return _gguf(repository, ggufs, shortest=False)
     raise UnknownModel(
         f"{repository.name} holds no model that can be loaded: neither safetensors with a config.json "
         f"nor a .gguf file.",
@@ -93,16 +95,17 @@ def _safetensors(names: Collection[str]) -> list[str]:
     return [SINGLE] if SINGLE in names else here
 
 
-def _gguf(repository: Repository, names: list[str]) -> Model:
-    """One file or the parts of one; of several that match, the one with nothing else in its name."""
+def _gguf(repository: Repository, names: list[str], *, shortest: bool) -> Model:
+    """One file or the parts of one; of several, `shortest` takes the one with nothing else in its name."""
     wholes: dict[str, list[str]] = {}
     for name in sorted(names):
         wholes.setdefault(SPLIT.sub("", name).removesuffix(".gguf"), []).append(name)
     by_length = sorted(wholes, key=len)
-    if len(by_length) > 1 and (repository.quant is None or len(by_length[0]) == len(by_length[1])):
+    if len(by_length) > 1 and (not shortest or len(by_length[0]) == len(by_length[1])):
+        form = "" if shortest or repository.quant is None else " and the form as its `dtype`"
         raise BadRequest(
             f"{repository.name} holds several GGUF files; name one, or what tells it apart, as the load's "
-            f"`quant`: {_listing(names)}.",
+            f"`quant`{form}: {_listing(names)}.",
             param="quant",
         )
     parts = wholes[by_length[0]]
