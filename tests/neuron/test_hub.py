@@ -37,6 +37,8 @@ class FakeHub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.refusal: tuple[int, str] | None = None
+        self.silent = False
+        """It takes every question and answers none, until the other side goes away."""
         self.lies: dict[str, str] = {}
         """Hashes that are published though the files have others."""
         self.stop_at: int | None = None
@@ -60,6 +62,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hub = self.server
         hub.tokens.add(self.headers["Authorization"])
         path = self.path.partition("?")[0]
+        if hub.silent:
+            self.connection.recv(1)
+            return
         if hub.refusal:
             self.send_response(hub.refusal[0])
             self.send_header("X-Error-Code", hub.refusal[1])
@@ -241,6 +246,18 @@ def test_a_cached_model_needs_no_hub(hub: FakeHub, tmp_path: Path, monkeypatch: 
     (path / "model-2.safetensors").unlink()
     with pytest.raises(LoadFailed, match="could not be fetched from the hub, and the cache does not hold it"):
         fetch(hub, tmp_path)
+
+
+def test_a_hub_that_says_nothing_is_given_up_for_the_cache(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files = safetensors()
+    path = fetch(hub, tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.05)
+    hub.silent = True
+    assert fetch(hub, tmp_path) == path
+    with pytest.raises(LoadFailed, match="could not be fetched from the hub, and the cache"):
+        fetch(hub, tmp_path / "empty")
 
 
 def test_a_file_with_another_hash_is_not_kept(hub: FakeHub, tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ def _look(order: Order) -> tuple[str, list[File], str]:
     """The commit, the files of the model and what to open."""
     wanted = order.repository
     api = HfApi(endpoint=order.endpoint)
-    info = api.model_info(wanted.name, revision=wanted.revision, files_metadata=True)
+    patience = constants.HF_HUB_ETAG_TIMEOUT  # without one, a hub that says nothing is waited for for ever
+    info = api.model_info(wanted.name, revision=wanted.revision, files_metadata=True, timeout=patience)
     found = {}
     for sibling in info.siblings or ():
         blob = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
