@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from cortex.neuron import hub_process
 from cortex.neuron.hub import HubCache
-from cortex.neuron.hub_files import Repository
+from cortex.neuron.hub_files import Repository, choose, is_of, name_of
 from cortex.neuron.hub_process import Order
 from cortex.wire.errors import BadRequest, CortexError, Forbidden, LoadFailed, UnknownModel
 from cortex.wire.node import Progress
@@ -177,6 +177,30 @@ def test_a_quant_chooses_the_file_whatever_its_case(
     assert hub.asked == [file]
 
 
+@pytest.mark.parametrize(
+    ("files", "quant", "chosen"),
+    [
+        (("model_Q4_K_M.gguf", "model_Q8_0.gguf"), "q4_k_m", ["model_Q4_K_M.gguf"]),
+        (("model_IQ4_XS.gguf", "model-xs.gguf"), "xs", ["model-xs.gguf"]),
+        (("BF16/m.gguf", "F16/m.gguf"), "F16/m.gguf", ["F16/m.gguf"]),
+        (("BF16/m.gguf", "F16/m.gguf"), "f16", ["F16/m.gguf"]),
+        (("a-b.gguf", "a.b.gguf"), "A-b.gguf", ["a-b.gguf"]),
+        (("m_fp16.gguf", "m_fp32.gguf"), "fp16", ["m_fp16.gguf"]),
+        (
+            ("q8/m-00001-of-00002.gguf", "q8/m-00002-of-00002.gguf", "q4/m.gguf"),
+            "q8/m-00002-of-00002.gguf",
+            ["q8/m-00001-of-00002.gguf", "q8/m-00002-of-00002.gguf"],
+        ),
+    ],
+)
+def test_a_quant_chooses_by_what_a_listing_says(
+    files: tuple[str, ...], quant: str, chosen: list[str]
+) -> None:
+    model = choose(Repository("org/name", quant=quant), files)
+    assert list(model.files) == chosen
+    assert is_of(name_of(Path("/cache/models--org--name/snapshots", COMMIT, model.path)), quant)
+
+
 def test_a_form_of_the_weights_chooses_no_file(hub: FakeHub, tmp_path: Path) -> None:
     hub.files = {"name-Q8_0.gguf": b"g", "name-int8.gguf": b"i"} | safetensors()
     assert (fetch(hub, tmp_path, "INT8") / "config.json").is_file()
@@ -200,6 +224,7 @@ def test_parts_of_a_split_file_come_together(hub: FakeHub, tmp_path: Path) -> No
         (GGUFS, "q3_k_m", BadRequest, "no GGUF file 'q3_k_m'; it has name-Q4_K_M.gguf"),
         (GGUFS, "smallest", BadRequest, "no GGUF file 'smallest'; it has name-Q4_K_M.gguf"),
         (GGUFS, "int8", BadRequest, "several .* as the load's `quant` and the form as its `dtype`: name-Q4"),
+        (("model.safetensors", "config.json"), "q4_k_m", BadRequest, "no GGUF files, of which 'q4_k_m'"),
         (("a-00001-of-00002.gguf",), None, UnknownModel, "1 of the 2 parts of a"),
         (("pytorch_model.bin", "config.json"), None, UnknownModel, "neither safetensors"),
         (("../x.gguf", "/etc/y.gguf"), None, UnknownModel, "neither safetensors"),

@@ -31,6 +31,9 @@ _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 _REPOSITORY: Final = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9][A-Za-z0-9_./-]{{0,99}}))?")
 SPLIT: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 """How the name of one part of a split GGUF file ends: its number and how many there are."""
+_QUANT: Final = re.compile(r"(ud-)?(i?q\d|tq\d|mxfp4|nvfp4|bf16|fp?16|fp?32)", re.IGNORECASE)
+"""How the name of a quantisation begins."""
+_IN_SNAPSHOT: Final = re.compile(r"/models--[^/]+/snapshots/[^/]+/(.+)$")
 
 
 class Repository(msgspec.Struct, frozen=True):
@@ -67,15 +70,8 @@ def choose(repository: Repository, names: Collection[str]) -> Model:
     ggufs = [name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
     shards = _safetensors(names)
     quant = repository.quant
-    if quant is not None and quant.lower() not in QUANT_FORMS and ggufs:
-        matching = [name for name in ggufs if _is_of(name, quant)]
-        if not matching:
-            raise BadRequest(
-                f"{repository.name} has no GGUF file {quant!r}; it has {_listing(ggufs)}. Name one, or what "
-                f"tells it apart, as the load's `quant`.",
-                param="quant",
-            )
-        return _gguf(repository, matching, shortest=True)
+    if quant is not None and quant.lower() not in QUANT_FORMS and (ggufs or shards):
+        return _gguf(repository, _of(quant, ggufs, repository.name), shortest=True)
     if shards and "config.json" in names:
         return Model((*sorted(BESIDE.intersection(names)), *shards), "")
     if ggufs:
@@ -85,6 +81,27 @@ def choose(repository: Repository, names: Collection[str]) -> Model:
         f"nor a .gguf file.",
         param="source",
     )
+
+
+def _of(quant: str, ggufs: list[str], repository: str) -> list[str]:
+    """The files that a quant names. One that is named in full is meant alone. Raises BadRequest."""
+    if not ggufs:
+        raise BadRequest(
+            f"{repository} has no GGUF files, of which {quant!r} could choose one. Leave quant out, or say "
+            f"with {' or '.join(QUANT_FORMS)} how its safetensors are to be held.",
+            param="quant",
+        )
+    whole = _stem(quant)
+    matching = [name for name in ggufs if _stem(name) == whole] or [
+        name for name in ggufs if is_of(name, quant)
+    ]
+    if not matching:
+        raise BadRequest(
+            f"{repository} has no GGUF file {quant!r}; it has {_listing(ggufs)}. Name one, or what tells it "
+            f"apart, as the load's `quant`.",
+            param="quant",
+        )
+    return matching
 
 
 def _safetensors(names: Collection[str]) -> list[str]:
@@ -118,14 +135,27 @@ def _gguf(repository: Repository, names: list[str], *, shortest: bool) -> Model:
     return Model(tuple(parts), parts[0])
 
 
-def _is_of(name: str, quant: str) -> bool:
-    """Whether a file is the one, or of the quantisation, that a load names; case does not matter."""
-    wanted = quant.lower()
-    stem = SPLIT.sub("", name.lower()).removesuffix(".gguf")
-    if wanted in (name.lower(), stem, Path(name).name.lower(), Path(stem).name):
+def is_of(name: str, quant: str) -> bool:
+    """Whether a GGUF file of a repository is the one, a part of it, or of the quantisation, that a load
+    names; case does not matter.
+    """
+    wanted, stem = _stem(quant), _stem(name)
+    if wanted in (stem, Path(stem).name):
         return True
     parts = "-" + re.sub(r"[./]", "-", stem) + "-"
-    return any(f"-{form}-" in parts for form in (wanted, wanted.replace("-", "_")))
+    before = "[-_]" if _QUANT.match(wanted) else "-"  # anything else could be the end of a quantisation
+    forms = {re.escape(wanted), re.escape(wanted.replace("-", "_"))}
+    return re.search(f"{before}(?:{'|'.join(sorted(forms))})-", parts) is not None
+
+
+def _stem(name: str) -> str:
+    return SPLIT.sub("", name.lower()).removesuffix(".gguf")
+
+
+def name_of(path: Path) -> str:
+    """What a file in the cache is called in its repository; of any other file its name."""
+    found = _IN_SNAPSHOT.search(path.as_posix())
+    return found[1] if found else path.name
 
 
 def cached(repository: Repository, cache: Path) -> Path | None:
