@@ -293,6 +293,21 @@ def test_a_file_with_another_hash_is_not_kept(hub: FakeHub, tmp_path: Path) -> N
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size]
 
 
+def test_a_damaged_file_in_the_cache_is_fetched_anew(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files = safetensors()
+    shard = fetch(hub, tmp_path) / "model-2.safetensors"
+    shard.resolve().write_bytes(b"2" * 500)
+    hub.asked.clear()
+    synced: list[int] = []
+    monkeypatch.setattr(hub_process.os, "fsync", synced.append)
+    assert fetch(hub, tmp_path) == shard.parent
+    assert shard.read_bytes() == hub.files["model-2.safetensors"]
+    assert hub.asked == ["model-2.safetensors"]
+    assert len(synced) == 1
+
+
 def test_a_full_disk_is_said_before_anything_is_fetched(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,7 +105,7 @@ def _is_plain(name: str) -> bool:
 
 def _fetch_all(order: Order, commit: str, files: list[File], blobs: Path, tell: Tell) -> None:
     blobs.mkdir(parents=True, exist_ok=True)
-    missing = [file for file in files if not (blobs / file.blob).exists()]
+    missing = [file for file in files if not _is_whole(blobs, file)]
     total = sum(file.size for file in files)
     done = total - sum(file.size for file in missing)
     needed = sum(file.size - _size(_part(blobs, file)) for file in missing)
@@ -117,11 +117,18 @@ def _fetch_all(order: Order, commit: str, files: list[File], blobs: Path, tell: 
     tell(done, total)
     for file in missing:
         with _alone(_part(blobs, file)) as part:
-            if not (blobs / file.blob).exists():
+            if not _is_whole(blobs, file):
+                (blobs / file.blob).unlink(missing_ok=True)
                 _download(order, commit, file, part, functools.partial(_tell_more, tell, done, total))
                 part.rename(blobs / file.blob)
         done += file.size
         tell(done, total)
+
+
+def _is_whole(blobs: Path, file: File) -> bool:
+    """Whether the cache holds it. A power cut, or a tool of others, may have left it shorter."""
+    blob = blobs / file.blob
+    return blob.is_file() and blob.stat().st_size == file.size
 
 
 def _tell_more(tell: Tell, done: int, total: int, size: int) -> None:
@@ -135,6 +142,8 @@ def _download(order: Order, commit: str, file: File, part: Path, tell: Callable[
     url = hf_hub_url(order.repository.name, file.name, revision=commit, endpoint=order.endpoint)
     with _Told(part, tell) as out:
         http_get(url, out, resume_size=out.tell(), headers=build_hf_headers(), expected_size=file.size)
+        out.flush()
+        os.fsync(out.fileno())  # its final name is a promise that it is whole
     if _digest(part, file) != file.blob:
         part.unlink()
         raise LoadFailed(
