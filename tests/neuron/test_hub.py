@@ -273,6 +273,37 @@ def test_a_cached_model_needs_no_hub(hub: FakeHub, tmp_path: Path, monkeypatch: 
         fetch(hub, tmp_path)
 
 
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "is_whole"),
+    [
+        (GGUFS, False),
+        (GGUFS[:1], True),
+        (("config.json", "tokenizer.json", "model.safetensors"), True),
+        (("config.json", "model.safetensors"), False),
+        (("config.json", "tokenizer.json", *SHARDS), True),
+        (("config.json", "tokenizer.json", SHARDS[1]), False),
+        (("name-Q8_0-00002-of-00002.gguf",), False),
+    ],
+)
+def test_without_the_hub_a_cached_model_must_be_whole_and_alone(
+    hub: FakeHub, tmp_path: Path, names: tuple[str, ...], is_whole: bool
+) -> None:
+    """Whatever other tools have fetched of it."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for name in names:
+        (snapshot / name).write_bytes(b"x")
+    hub.refusal = (500, "")
+    if is_whole:
+        assert fetch(hub, tmp_path, revision=COMMIT).is_relative_to(snapshot)
+        return
+    with pytest.raises(LoadFailed, match="the cache does not hold it whole, or not it alone"):
+        fetch(hub, tmp_path, revision=COMMIT)
+
+
 def test_a_hub_that_says_nothing_is_given_up_for_the_cache(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

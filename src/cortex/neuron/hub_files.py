@@ -7,6 +7,7 @@ Layout of the cache: huggingface_hub's guide "Understand caching".
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
@@ -18,9 +19,10 @@ from cortex.wire.node import QUANT_FORMS
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
+TOKENIZER: Final = "tokenizer.json"
 BESIDE: Final = frozenset(
     {
-        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("config.json", "generation_config.json", TOKENIZER, "tokenizer_config.json"),
         *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
         *("chat_template.json", "chat_template.jinja"),
     }
@@ -33,6 +35,7 @@ SPLIT: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 """How the name of one part of a split GGUF file ends: its number and how many there are."""
 _QUANT: Final = re.compile(r"(ud-)?(i?q\d|tq\d|mxfp4|nvfp4|bf16|fp?16|fp?32)", re.IGNORECASE)
 """How the name of a quantisation begins."""
+_SHARD: Final = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 _IN_SNAPSHOT: Final = re.compile(r"/models--[^/]+/snapshots/[^/]+/(.+)$")
 
 
@@ -159,21 +162,34 @@ def name_of(path: Path) -> str:
 
 
 def cached(repository: Repository, cache: Path) -> Path | None:
-    """What to open of a model that the cache holds whole, or None. Raises BadRequest as `choose` does."""
+    """What to open of a model that the cache holds whole. None also where it holds several that would do:
+    what the repository has can only be told with the hub.
+    """
     folder = folder_of(repository, cache)
     try:
         commit = (folder / "refs" / repository.revision).read_text().strip()
     except OSError:
         commit = repository.revision
     snapshot = folder / "snapshots" / commit
-    names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+    names = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
     try:
         model = choose(repository, names)
-    except UnknownModel:
+    except (BadRequest, UnknownModel):
         return None
-    if INDEX in model.files and not _indexed(snapshot / INDEX) <= set(names):
+    if not model.path and not _is_whole(snapshot, model, names):
         return None
     return snapshot / model.path
+
+
+def _is_whole(snapshot: Path, model: Model, names: set[str]) -> bool:
+    """Whether a snapshot with safetensors holds all of them, and the tokenizer: other tools fetch parts."""
+    if TOKENIZER not in names:
+        return False
+    if INDEX in model.files:
+        return _indexed(snapshot / INDEX) <= names
+    ends = [(name, found) for name in model.files if (found := _SHARD.search(name))]
+    counts = Counter((name[: found.start()], int(found[1])) for name, found in ends)
+    return all(there == count for (_, count), there in counts.items())
 
 
 def folder_of(repository: Repository, cache: Path) -> Path:

@@ -64,7 +64,8 @@ def fetch(order: Order, tell: Tell) -> Path:
     except Exception as error:  # which library speaks HTTP depends on the release of huggingface_hub
         found = cached(order.repository, cache)
         if found is None:
-            raise _refusal(error, order.repository, "and the cache does not hold it whole") from None
+            then = "and the cache does not hold it whole, or not it alone"
+            raise _refusal(error, order.repository, then) from None
         return found
     try:
         folder = folder_of(order.repository, cache)
