@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from cortex.neuron import hub as hub_module
 from cortex.neuron import hub_process
 from cortex.neuron.hub import HubCache
 from cortex.neuron.hub_files import Repository, choose, is_of, name_of
@@ -37,6 +38,8 @@ class FakeHub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.refusal: tuple[int, str] | None = None
+        self.storage_refuses = False
+        """It sends whoever wants a file to a signed URL, where it is not to be had."""
         self.silent = False
         """It takes every question and answers none, until the other side goes away."""
         self.lies: dict[str, str] = {}
@@ -77,6 +80,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         found = re.fullmatch(rf"/org/name/resolve/{COMMIT}/(.+)", path)
         assert found, path
         hub.asked.append(found[1])
+        if hub.storage_refuses:
+            self.send_response(500 if "?" in self.path else 302)
+            self.send_header("Location", f"{self.path}?X-Amz-Signature=secret&Expires=9")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         self._send(hub.files[found[1]])
 
     def _info(self) -> dict[str, Any]:
@@ -259,6 +268,20 @@ def test_what_the_hub_refuses_is_explained(
     hub.refusal = (status, code)
     with pytest.raises(error, match=said):
         fetch(hub, tmp_path)
+
+
+def test_a_signed_url_is_not_told(hub: FakeHub, tmp_path: Path) -> None:
+    hub.files = {"name.gguf": b"x"}
+    hub.storage_refuses = True
+    with pytest.raises(LoadFailed, match=r"500.*/resolve/\w+/name\.gguf") as refused:
+        fetch(hub, tmp_path)
+    assert "?" not in refused.value.message
+
+
+def test_a_program_that_dies_tells_no_signed_url() -> None:
+    complaint = "Trying again\nError: ('https://cdn.org/a?Signature=secret', 'http://c.org/?d#e') x?\n"
+    with pytest.raises(LoadFailed, match=r"Error: \('https://cdn\.org/a', 'http://c\.org/'\) x\?\.$"):
+        hub_module._outcome({}, complaint, Repository("org/name"))
 
 
 def test_a_cached_model_needs_no_hub(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

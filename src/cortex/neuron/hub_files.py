@@ -36,6 +36,7 @@ SPLIT: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 _QUANT: Final = re.compile(r"(ud-)?(i?q\d|tq\d|mxfp4|nvfp4|bf16|fp?16|fp?32)", re.IGNORECASE)
 """How the name of a quantisation begins."""
 _SHARD: Final = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+_QUERY: Final = re.compile(r"(https?://[^\s'\"?]*)\?[^\s'\")>]*")
 _IN_SNAPSHOT: Final = re.compile(r"/models--[^/]+/snapshots/[^/]+/(.+)$")
 
 
@@ -206,6 +207,11 @@ def _indexed(index: Path) -> set[str]:
 
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]
+
+
+def without_queries(text: str) -> str:
+    """A message with the queries cut off its URLs: those of a hub's storage are signed and open the file."""
+    return _QUERY.sub(r"\1", text)
 
 
 def _listing(names: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # loaded lazily
 
-from cortex.neuron.hub_files import Repository, cached, choose, folder_of
+from cortex.neuron.hub_files import Repository, cached, choose, folder_of, without_queries
 from cortex.wire.errors import CortexError, Forbidden, LoadFailed, UnknownModel
 
 TOLD_BYTES: Final = 2**20
@@ -223,7 +223,7 @@ def _refusal(error: Exception, repository: Repository, then: str) -> CortexError
         return UnknownModel(f"{name} has no revision {repository.revision!r}.", param="source")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return LoadFailed(f"The disk of the Hugging Face cache is full; make room and load {name} again.")
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    said = without_queries(str(error).strip().partition("\n")[0]) or type(error).__name__
     return LoadFailed(f"{name} could not be fetched from the hub, {then} ({said}).")
 
 
