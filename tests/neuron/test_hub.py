@@ -256,8 +256,8 @@ def test_a_repository_without_one_model_is_told_apart(
 @pytest.mark.parametrize(
     ("status", "code", "error", "said"),
     [
-        (403, "GatedRepo", Forbidden, "org/name is gated: accept its terms .* HF_TOKEN"),
-        (401, "RepoNotFound", UnknownModel, "no repository org/name, or it is private"),
+        (403, "GatedRepo", Forbidden, "org/name is gated: accept .* HF_TOKEN or with `hf auth login`"),
+        (401, "RepoNotFound", UnknownModel, "no repository org/name, or it is private .* `hf auth login`"),
         (404, "RepoNotFound", UnknownModel, "no repository org/name"),
         (404, "RevisionNotFound", UnknownModel, "no revision 'main'"),
     ],
@@ -268,6 +268,21 @@ def test_what_the_hub_refuses_is_explained(
     hub.refusal = (status, code)
     with pytest.raises(error, match=said):
         fetch(hub, tmp_path)
+
+
+@pytest.mark.parametrize(("variable", "used"), [(None, "hf_stored"), ("hf_of_the_node", "hf_of_the_node")])
+def test_a_token_that_a_login_stored_is_used_too(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None, used: str
+) -> None:
+    (tmp_path / "token").write_text("hf_stored\n")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if variable:
+        monkeypatch.setenv("HF_TOKEN", variable)
+    hub.files = {"name.gguf": b"x"}
+    fetch(hub, tmp_path)
+    assert hub.tokens == {f"Bearer {used}"}
 
 
 def test_a_signed_url_is_not_told(hub: FakeHub, tmp_path: Path) -> None:

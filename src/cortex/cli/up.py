@@ -93,7 +93,7 @@ PORT = click.IntRange(1, 65535)
 @click.option(
     "--models-dir",
     type=click.Path(path_type=Path),
-    help="Where fetched models are kept. [default: models in the cache directory]",
+    help="Where models that wheels carry are kept. [default: models in the cache directory]",
 )
 @click.option("--port", type=PORT, default=31313, show_default=True, help="The API.")
 @click.option("--metrics-port", type=PORT, default=31314, show_default=True, help="Prometheus text.")

@@ -211,12 +211,13 @@ def _refusal(error: Exception, repository: Repository, then: str) -> CortexError
     if isinstance(error, errors.GatedRepoError):
         return Forbidden(
             f"{name} is gated: accept its terms on its page on the hub, and give the node a token of that "
-            f"account as HF_TOKEN.",
+            f"account, as HF_TOKEN or with `hf auth login`.",
             param="source",
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return UnknownModel(
-            f"The hub has no repository {name}, or it is private and the node's HF_TOKEN may not read it.",
+            f"The hub has no repository {name}, or it is private and the node's token (HF_TOKEN, or else "
+            f"that of `hf auth login`) may not read it.",
             param="source",
         )
     if isinstance(error, errors.RevisionNotFoundError):
