@@ -101,13 +101,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, content: bytes) -> None:
         wanted = self.headers["Range"]
-        start = int(re.findall(r"\d+", wanted)[0]) if wanted else 0
+        first, _, last = (wanted or "bytes=0-").removeprefix("bytes=").partition("-")
+        start, size = int(first), len(content)
+        content = content[: int(last) + 1] if last else content
         if wanted:
             self.server.ranges.append(wanted)
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(len(content) - start))
         if wanted:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{size}")
         self.end_headers()
         stop = self.server.stop_at
         if stop is not None and len(content) > stop:
@@ -360,6 +362,16 @@ def test_a_file_with_another_hash_is_not_kept(hub: FakeHub, tmp_path: Path) -> N
     with pytest.raises(LoadFailed, match="does not have the hash that the hub publishes"):
         fetch(hub, tmp_path)
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size]
+
+
+def test_a_very_large_file_is_asked_for_in_ranges(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 5000)
+    monkeypatch.setattr(hub_process, "RANGE_BYTES", 4096)
+    hub.files = {"name.gguf": LARGE[:10000]}
+    assert fetch(hub, tmp_path).read_bytes() == LARGE[:10000]
+    assert hub.ranges == ["bytes=0-4095", "bytes=4096-8191", "bytes=8192-"]
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_anew(

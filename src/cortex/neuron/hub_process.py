@@ -29,6 +29,9 @@ from cortex.wire.errors import CortexError, Forbidden, LoadFailed, UnknownModel
 
 TOLD_BYTES: Final = 2**20
 """Bytes between two reports of a download."""
+RANGE_BYTES: Final = 2**35
+"""The most to ask for at once: of files over 50 GB the hub's storage gives only ranges, and `http_get`
+refuses to begin."""
 _CHUNK: Final = 2**20
 
 
@@ -142,7 +145,12 @@ def _download(order: Order, commit: str, file: File, part: Path, tell: Callable[
         part.unlink()
     url = hf_hub_url(order.repository.name, file.name, revision=commit, endpoint=order.endpoint)
     with _Told(part, tell) as out:
-        http_get(url, out, resume_size=out.tell(), headers=build_hf_headers(), expected_size=file.size)
+        while (start := out.tell()) < file.size:
+            stop = min(file.size, (start // RANGE_BYTES + 1) * RANGE_BYTES)
+            headers = build_hf_headers()
+            if stop < file.size:
+                headers["Range"] = f"bytes=0-{stop - 1}"  # http_get moves its start to what is there
+            http_get(url, out, resume_size=start, headers=headers, expected_size=stop)
         out.flush()
         os.fsync(out.fileno())  # its final name is a promise that it is whole
     if _digest(part, file) != file.blob:
