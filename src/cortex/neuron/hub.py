@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
-from cortex.neuron.hub_files import Repository
+from cortex.neuron.hub_files import Repository, without_queries
 from cortex.neuron.pip_process import TIED
 from cortex.neuron.references import Report
 from cortex.wire.errors import BadRequest, CortexError, Forbidden, LoadFailed, UnknownModel
@@ -99,5 +99,5 @@ def _outcome(said: dict[str, Any], complaint: str, repository: Repository) -> Pa
             "Fetching from the Hugging Face hub takes huggingface_hub, which is not installed: "
             "pip install 'helexa-cortex[neuron]'."
         )
-    last = (complaint.strip().splitlines() or ["it said nothing"])[-1]
+    last = without_queries((complaint.strip().splitlines() or ["it said nothing"])[-1])
     raise LoadFailed(f"Fetching {repository.name} from the hub failed: {last}.")

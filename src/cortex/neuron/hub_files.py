@@ -7,6 +7,7 @@ Layout of the cache: huggingface_hub's guide "Understand caching".
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
@@ -14,12 +15,14 @@ from typing import Final
 import msgspec
 
 from cortex.wire.errors import BadRequest, UnknownModel
+from cortex.wire.node import QUANT_FORMS
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
+TOKENIZER: Final = "tokenizer.json"
 BESIDE: Final = frozenset(
     {
-        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("config.json", "generation_config.json", TOKENIZER, "tokenizer_config.json"),
         *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
         *("chat_template.json", "chat_template.jinja"),
     }
@@ -30,7 +33,11 @@ _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 _REPOSITORY: Final = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9][A-Za-z0-9_./-]{{0,99}}))?")
 SPLIT: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 """How the name of one part of a split GGUF file ends: its number and how many there are."""
-_QUANT: Final = re.compile(r"(ud-)?(i?q\d|tq\d|mxfp4|nvfp4|bf16|f16|f32)", re.IGNORECASE)
+_QUANT: Final = re.compile(r"(ud-)?(i?q\d|tq\d|mxfp4|nvfp4|bf16|fp?16|fp?32)", re.IGNORECASE)
+"""How the name of a quantisation begins."""
+_SHARD: Final = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+_QUERY: Final = re.compile(r"(https?://[^\s'\"?]*)\?[^\s'\")>]*")
+_IN_SNAPSHOT: Final = re.compile(r"/models--[^/]+/snapshots/[^/]+/(.+)$")
 
 
 class Repository(msgspec.Struct, frozen=True):
@@ -61,28 +68,44 @@ def parse_repository(text: str, quant: str | None) -> Repository:
 def choose(repository: Repository, names: Collection[str]) -> Model:
     """The model among the files of a repository: what `quant` names, else safetensors, else a lone GGUF.
 
-    Raises BadRequest where several would do or the quant is not there, UnknownModel where nothing does.
+    A quant that is a form, such as int8, names no file. Raises BadRequest where several would do or nothing
+    is of the quant, UnknownModel where nothing can be loaded.
     """
     ggufs = [name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
     shards = _safetensors(names)
-    if repository.quant is not None:
-        matching = [name for name in ggufs if _is_of(name, repository.quant)]
-        if matching:
-            return _gguf(repository, matching)
-        if ggufs and _QUANT.match(repository.quant):
-            raise BadRequest(
-                f"{repository.name} has no GGUF file {repository.quant!r}; it has {_listing(ggufs)}.",
-                param="quant",
-            )
+    quant = repository.quant
+    if quant is not None and quant.lower() not in QUANT_FORMS and (ggufs or shards):
+        return _gguf(repository, _of(quant, ggufs, repository.name), shortest=True)
     if shards and "config.json" in names:
         return Model((*sorted(BESIDE.intersection(names)), *shards), "")
     if ggufs:
-        return _gguf(repository, ggufs)
+        return _gguf(repository, ggufs, shortest=False)
     raise UnknownModel(
         f"{repository.name} holds no model that can be loaded: neither safetensors with a config.json "
         f"nor a .gguf file.",
         param="source",
     )
+
+
+def _of(quant: str, ggufs: list[str], repository: str) -> list[str]:
+    """The files that a quant names. One that is named in full is meant alone. Raises BadRequest."""
+    if not ggufs:
+        raise BadRequest(
+            f"{repository} has no GGUF files, of which {quant!r} could choose one. Leave quant out, or say "
+            f"with {' or '.join(QUANT_FORMS)} how its safetensors are to be held.",
+            param="quant",
+        )
+    whole = _stem(quant)
+    matching = [name for name in ggufs if _stem(name) == whole] or [
+        name for name in ggufs if is_of(name, quant)
+    ]
+    if not matching:
+        raise BadRequest(
+            f"{repository} has no GGUF file {quant!r}; it has {_listing(ggufs)}. Name one, or what tells it "
+            f"apart, as the load's `quant`.",
+            param="quant",
+        )
+    return matching
 
 
 def _safetensors(names: Collection[str]) -> list[str]:
@@ -93,16 +116,17 @@ def _safetensors(names: Collection[str]) -> list[str]:
     return [SINGLE] if SINGLE in names else here
 
 
-def _gguf(repository: Repository, names: list[str]) -> Model:
-    """One file or the parts of one; of several that match, the one with nothing else in its name."""
+def _gguf(repository: Repository, names: list[str], *, shortest: bool) -> Model:
+    """One file or the parts of one; of several, `shortest` takes the one with nothing else in its name."""
     wholes: dict[str, list[str]] = {}
     for name in sorted(names):
         wholes.setdefault(SPLIT.sub("", name).removesuffix(".gguf"), []).append(name)
     by_length = sorted(wholes, key=len)
-    if len(by_length) > 1 and (repository.quant is None or len(by_length[0]) == len(by_length[1])):
+    if len(by_length) > 1 and (not shortest or len(by_length[0]) == len(by_length[1])):
+        form = "" if shortest or repository.quant is None else " and the form as its `dtype`"
         raise BadRequest(
             f"{repository.name} holds several GGUF files; name one, or what tells it apart, as the load's "
-            f"`quant`: {_listing(names)}.",
+            f"`quant`{form}: {_listing(names)}.",
             param="quant",
         )
     parts = wholes[by_length[0]]
@@ -115,32 +139,58 @@ def _gguf(repository: Repository, names: list[str]) -> Model:
     return Model(tuple(parts), parts[0])
 
 
-def _is_of(name: str, quant: str) -> bool:
-    """Whether a file is the one, or of the quantisation, that a load names; case does not matter."""
-    wanted = quant.lower()
-    stem = SPLIT.sub("", name.lower()).removesuffix(".gguf")
-    if wanted in (name.lower(), stem, Path(name).name.lower(), Path(stem).name):
+def is_of(name: str, quant: str) -> bool:
+    """Whether a GGUF file of a repository is the one, a part of it, or of the quantisation, that a load
+    names; case does not matter.
+    """
+    wanted, stem = _stem(quant), _stem(name)
+    if wanted in (stem, Path(stem).name):
         return True
     parts = "-" + re.sub(r"[./]", "-", stem) + "-"
-    return any(f"-{form}-" in parts for form in (wanted, wanted.replace("-", "_")))
+    before = "[-_]" if _QUANT.match(wanted) else "-"  # anything else could be the end of a quantisation
+    forms = {re.escape(wanted), re.escape(wanted.replace("-", "_"))}
+    return re.search(f"{before}(?:{'|'.join(sorted(forms))})-", parts) is not None
+
+
+def _stem(name: str) -> str:
+    return SPLIT.sub("", name.lower()).removesuffix(".gguf")
+
+
+def name_of(path: Path) -> str:
+    """What a file in the cache is called in its repository; of any other file its name."""
+    found = _IN_SNAPSHOT.search(path.as_posix())
+    return found[1] if found else path.name
 
 
 def cached(repository: Repository, cache: Path) -> Path | None:
-    """What to open of a model that the cache holds whole, or None. Raises BadRequest as `choose` does."""
+    """What to open of a model that the cache holds whole. None also where it holds several that would do:
+    what the repository has can only be told with the hub.
+    """
     folder = folder_of(repository, cache)
     try:
         commit = (folder / "refs" / repository.revision).read_text().strip()
     except OSError:
         commit = repository.revision
     snapshot = folder / "snapshots" / commit
-    names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+    names = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
     try:
         model = choose(repository, names)
-    except UnknownModel:
+    except (BadRequest, UnknownModel):
         return None
-    if INDEX in model.files and not _indexed(snapshot / INDEX) <= set(names):
+    if not model.path and not _is_whole(snapshot, model, names):
         return None
     return snapshot / model.path
+
+
+def _is_whole(snapshot: Path, model: Model, names: set[str]) -> bool:
+    """Whether a snapshot with safetensors holds all of them, and the tokenizer: other tools fetch parts."""
+    if TOKENIZER not in names:
+        return False
+    if INDEX in model.files:
+        return _indexed(snapshot / INDEX) <= names
+    ends = [(name, found) for name in model.files if (found := _SHARD.search(name))]
+    counts = Counter((name[: found.start()], int(found[1])) for name, found in ends)
+    return all(there == count for (_, count), there in counts.items())
 
 
 def folder_of(repository: Repository, cache: Path) -> Path:
@@ -157,6 +207,11 @@ def _indexed(index: Path) -> set[str]:
 
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]
+
+
+def without_queries(text: str) -> str:
+    """A message with the queries cut off its URLs: those of a hub's storage are signed and open the file."""
+    return _QUERY.sub(r"\1", text)
 
 
 def _listing(names: Iterable[str]) -> str:

@@ -24,11 +24,14 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # loaded lazily
 
-from cortex.neuron.hub_files import Repository, cached, choose, folder_of
+from cortex.neuron.hub_files import Repository, cached, choose, folder_of, without_queries
 from cortex.wire.errors import CortexError, Forbidden, LoadFailed, UnknownModel
 
 TOLD_BYTES: Final = 2**20
 """Bytes between two reports of a download."""
+RANGE_BYTES: Final = 2**35
+"""The most to ask for at once: of files over 50 GB the hub's storage gives only ranges, and `http_get`
+refuses to begin."""
 _CHUNK: Final = 2**20
 
 
@@ -64,7 +67,8 @@ def fetch(order: Order, tell: Tell) -> Path:
     except Exception as error:  # which library speaks HTTP depends on the release of huggingface_hub
         found = cached(order.repository, cache)
         if found is None:
-            raise _refusal(error, order.repository, "and the cache does not hold it whole") from None
+            then = "and the cache does not hold it whole, or not it alone"
+            raise _refusal(error, order.repository, then) from None
         return found
     try:
         folder = folder_of(order.repository, cache)
@@ -85,7 +89,8 @@ def _look(order: Order) -> tuple[str, list[File], str]:
     """The commit, the files of the model and what to open."""
     wanted = order.repository
     api = HfApi(endpoint=order.endpoint)
-    info = api.model_info(wanted.name, revision=wanted.revision, files_metadata=True)
+    patience = constants.HF_HUB_ETAG_TIMEOUT  # without one, a hub that says nothing is waited for for ever
+    info = api.model_info(wanted.name, revision=wanted.revision, files_metadata=True, timeout=patience)
     found = {}
     for sibling in info.siblings or ():
         blob = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
@@ -104,7 +109,7 @@ def _is_plain(name: str) -> bool:
 
 def _fetch_all(order: Order, commit: str, files: list[File], blobs: Path, tell: Tell) -> None:
     blobs.mkdir(parents=True, exist_ok=True)
-    missing = [file for file in files if not (blobs / file.blob).exists()]
+    missing = [file for file in files if not _is_whole(blobs, file)]
     total = sum(file.size for file in files)
     done = total - sum(file.size for file in missing)
     needed = sum(file.size - _size(_part(blobs, file)) for file in missing)
@@ -116,11 +121,18 @@ def _fetch_all(order: Order, commit: str, files: list[File], blobs: Path, tell: 
     tell(done, total)
     for file in missing:
         with _alone(_part(blobs, file)) as part:
-            if not (blobs / file.blob).exists():
+            if not _is_whole(blobs, file):
+                (blobs / file.blob).unlink(missing_ok=True)
                 _download(order, commit, file, part, functools.partial(_tell_more, tell, done, total))
                 part.rename(blobs / file.blob)
         done += file.size
         tell(done, total)
+
+
+def _is_whole(blobs: Path, file: File) -> bool:
+    """Whether the cache holds it. A power cut, or a tool of others, may have left it shorter."""
+    blob = blobs / file.blob
+    return blob.is_file() and blob.stat().st_size == file.size
 
 
 def _tell_more(tell: Tell, done: int, total: int, size: int) -> None:
@@ -133,7 +145,14 @@ def _download(order: Order, commit: str, file: File, part: Path, tell: Callable[
         part.unlink()
     url = hf_hub_url(order.repository.name, file.name, revision=commit, endpoint=order.endpoint)
     with _Told(part, tell) as out:
-        http_get(url, out, resume_size=out.tell(), headers=build_hf_headers(), expected_size=file.size)
+        while (start := out.tell()) < file.size:
+            stop = min(file.size, (start // RANGE_BYTES + 1) * RANGE_BYTES)
+            headers = build_hf_headers()
+            if stop < file.size:
+                headers["Range"] = f"bytes=0-{stop - 1}"  # http_get moves its start to what is there
+            http_get(url, out, resume_size=start, headers=headers, expected_size=stop)
+        out.flush()
+        os.fsync(out.fileno())  # its final name is a promise that it is whole
     if _digest(part, file) != file.blob:
         part.unlink()
         raise LoadFailed(
@@ -200,19 +219,20 @@ def _refusal(error: Exception, repository: Repository, then: str) -> CortexError
     if isinstance(error, errors.GatedRepoError):
         return Forbidden(
             f"{name} is gated: accept its terms on its page on the hub, and give the node a token of that "
-            f"account as HF_TOKEN.",
+            f"account, as HF_TOKEN or with `hf auth login`.",
             param="source",
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return UnknownModel(
-            f"The hub has no repository {name}, or it is private and the node's HF_TOKEN may not read it.",
+            f"The hub has no repository {name}, or it is private and the node's token (HF_TOKEN, or else "
+            f"that of `hf auth login`) may not read it.",
             param="source",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return UnknownModel(f"{name} has no revision {repository.revision!r}.", param="source")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return LoadFailed(f"The disk of the Hugging Face cache is full; make room and load {name} again.")
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    said = without_queries(str(error).strip().partition("\n")[0]) or type(error).__name__
     return LoadFailed(f"{name} could not be fetched from the hub, {then} ({said}).")
 
 

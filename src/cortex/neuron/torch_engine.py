@@ -16,6 +16,7 @@ from cortex import hookimpl
 from cortex.hookspecs import Codec, EngineFactory, LoadedModel, LoadOrder, LoadPlan
 from cortex.neuron.engine import entry
 from cortex.neuron.engine.messages import WATCHDOG_S, Load
+from cortex.neuron.hub_files import is_of, name_of
 from cortex.neuron.models.division import indivisible, largest_share, rank_weight_bytes
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape
@@ -178,6 +179,8 @@ def check_quant(quant: str | None, checkpoint: Checkpoint) -> None:
         return
     wanted = quant.lower().replace("-", "_")
     if checkpoint.kind == "gguf" and wanted in checkpoint.path.name.lower().replace("-", "_"):
+        return
+    if checkpoint.kind == "gguf" and is_of(name_of(checkpoint.path), quant):  # as the hub chose it
         return
     types = {tensor.dtype.lower() for tensor in checkpoint.tensors.values()}
     if checkpoint.kind == "gguf" and wanted.removesuffix("_m").removesuffix("_s") in types:
