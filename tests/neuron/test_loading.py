@@ -122,6 +122,23 @@ async def test_what_is_kept_on_the_host_is_bounded_by_the_hosts_memory(
     assert served.plan.order.state_bytes == expected
 
 
+@pytest.mark.parametrize(("measured", "expected"), [(40, 5), (0, 0), (500, 10)])
+async def test_what_is_kept_on_the_host_is_bounded_by_what_others_leave_of_it(
+    monkeypatch: pytest.MonkeyPatch, measured: int, expected: int
+) -> None:
+    """So that the model gets fewer states, and is not refused for them."""
+    bench = Bench({"GPU-a": 100, "cpu": 80}, available={"cpu": measured})
+    plan = bench.factory.plan
+
+    def all_that_is_allowed(order: LoadOrder) -> LoadPlan:
+        return with_host(plan, order.state_bytes)(order)
+
+    monkeypatch.setattr(bench.factory, "plan", all_that_is_allowed)
+    served = await bench.loader.load(LoadRequest(model_id="m", devices=["0"]), ignore)
+    assert served.plan.order.state_bytes == expected * MIB
+    assert bench.ledger.granted("cpu") == expected * MIB
+
+
 async def test_a_host_that_is_smaller_than_the_device_is_no_bound_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cortex.hookspecs import LoadOrder
+from cortex.neuron import torch_engine
 from cortex.neuron.models.division import rank_weight_bytes
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.torch_engine import PROCESS_BYTES, TorchFactory, open_codec
@@ -96,6 +97,33 @@ def test_states_that_are_kept_lie_on_the_host_whatever_the_model_runs_on(
     assert plan.bytes_per_device == {**dict.fromkeys(devices, tight.memory_bytes), "cpu": 10 * state}
     without = TorchFactory().plan(order(path, devices=devices, prefix_cache=False))
     assert list(without.bytes_per_device) == list(devices)
+
+
+def test_ranks_that_hold_more_states_together_than_one_keep_no_more_than_is_allowed(
+    make_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tiny("qwen3_5_text").directory
+    with open_checkpoint(path) as checkpoint:
+        whole = read_shape(checkpoint)
+    monkeypatch.setattr(torch_engine, "largest_share", lambda shape, ranks: shape)
+    devices = ("GPU-0", "GPU-1")
+    plan = TorchFactory().plan(order(path, devices=devices, state_bytes=10 * whole.state_bytes))
+    assert plan.detail.checkpoints == 5
+    assert plan.bytes_per_device["cpu"] == 10 * whole.state_bytes
+
+
+def test_states_are_kept_of_what_the_shortest_context_leaves(make_tiny: Callable[..., Any]) -> None:
+    """A budget in which the model just fits keeps none, and it is not refused for them."""
+    path = make_tiny("qwen3_5_text").directory
+    with open_checkpoint(path) as checkpoint:
+        state = read_shape(checkpoint).state_bytes
+    with pytest.raises(BadRequest) as refusal:
+        TorchFactory().plan(order(path, memory_bytes=MIB))
+    needed = refusal.value.details["needed_bytes"]
+    for kept in (0, 3):
+        plan = TorchFactory().plan(order(path, memory_bytes=needed + kept * state))
+        assert plan.detail.checkpoints == kept
+        assert plan.limit.context == min(2048, plan.detail.cache_tokens)
 
 
 def test_a_budget_is_taken_as_it_is_and_the_cache_gets_what_is_left(tiny: Path) -> None:

@@ -77,8 +77,8 @@ class Loader:
         """
         factory = self._factory(request.harness)
         path = await self._locate(request.source or request.model_id, report, request.quant)
-        plan = await self._plan(factory, request, path)
         available = await self._off_loop(self._available)
+        plan = await self._plan(factory, request, path, available)
         self._ledger.grant(request.model_id, plan.bytes_per_device, available)
         try:
             model = await factory.load(plan, report)
@@ -119,7 +119,9 @@ class Loader:
             )
         return self._factories[name]
 
-    async def _plan(self, factory: EngineFactory, request: LoadRequest, path: Path) -> LoadPlan:
+    async def _plan(
+        self, factory: EngineFactory, request: LoadRequest, path: Path, available: Mapping[str, int]
+    ) -> LoadPlan:
         """What the factory proposes. A load that says no memory_mb and would not fit even into empty
         devices is planned again with all that they have.
         """
@@ -136,7 +138,7 @@ class Loader:
             max_running=self._max_running,
             max_wait_s=self._max_wait_s,
             prefix_cache=self._prefix_cache,
-            state_bytes=self._room_for_states(devices),
+            state_bytes=self._room_for_states(devices, available),
         )
         plan: LoadPlan = await self._off_loop(factory.plan, order)
         budget = min(self._ledger.budget(device) for device in devices)
@@ -145,11 +147,13 @@ class Loader:
             plan = await self._off_loop(factory.plan, msgspec.structs.replace(order, memory_bytes=budget))
         return plan
 
-    def _room_for_states(self, devices: Sequence[str]) -> int:
+    def _room_for_states(self, devices: Sequence[str], available: Mapping[str, int]) -> int:
         """Bytes on the host; of a model that runs there, the engine takes them out of its budget."""
         if CPU in devices or CPU not in self._ledger.devices:
             return self._state_bytes
-        return min(self._state_bytes, max(0, self._ledger.free(CPU)) // HOST_SHARE)
+        free = self._ledger.free(CPU)
+        free = max(0, min(free, available.get(CPU, free)))
+        return min(self._state_bytes, free // HOST_SHARE)
 
     def _choose_devices(self, request: LoadRequest) -> tuple[str, ...]:
         """A device a rank: those that a request names by uuid, index or `cpu`; else those with most room.

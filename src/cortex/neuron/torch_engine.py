@@ -98,9 +98,10 @@ class TorchFactory:
         share = largest_share(shape, ranks)
         together = max(order.devices.count(device) for device in order.devices)
         fixed = rank_weight_bytes(shape, ranks, dtype, packs=order.devices[0] == CPU) + PROCESS_BYTES
-        checkpoints = _checkpoints(shape, order)
+        fixed += order.max_running * share.state_bytes
+        checkpoints = _checkpoints(share, ranks, order, together * (fixed + _least_cache(share)))
         on_host = order.devices[0] == CPU
-        fixed += (order.max_running + checkpoints * on_host) * share.state_bytes
+        fixed += checkpoints * on_host * share.state_bytes
         if order.memory_bytes is None:
             cache_tokens = 2 * shape.max_position
             size = together * (fixed + cache_tokens * share.kv_bytes_per_token)
@@ -201,7 +202,7 @@ def _cache_within(budget: int, together: int, fixed: int, share: ModelShape, ord
     tokens = max(0, budget // together - fixed) // share.kv_bytes_per_token
     least = min(MIN_CONTEXT, share.max_position)
     if tokens < least:
-        needed = together * (fixed + least * share.kv_bytes_per_token)
+        needed = together * (fixed + _least_cache(share))
         raise BadRequest(
             f"{order.model_id} does not fit into {budget // MIB:,} MB: weights and process take "
             f"{together * fixed // MIB:,} MB, and with a context of {least} tokens it takes "
@@ -212,16 +213,21 @@ def _cache_within(budget: int, together: int, fixed: int, share: ModelShape, ord
     return tokens if tokens < _ROUND else tokens // _ROUND * _ROUND
 
 
-def _checkpoints(shape: ModelShape, order: LoadOrder) -> int:
+def _least_cache(share: ModelShape) -> int:
+    """Bytes of the shortest context that is worth a load."""
+    return min(MIN_CONTEXT, share.max_position) * share.kv_bytes_per_token
+
+
+def _checkpoints(share: ModelShape, ranks: int, order: LoadOrder, needed: int) -> int:
     """How many states fit into what the order allows for them, on all ranks together. Of the host's budget
-    for a model that runs there, they get their share.
+    for a model that runs there, they get their share, less where the model has not the `needed` bytes else.
     """
-    if not shape.state_bytes or not order.prefix_cache:
+    if not share.state_bytes or not order.prefix_cache:
         return 0
     allowed = order.state_bytes
     if order.memory_bytes is not None and order.devices[0] == CPU:
-        allowed = min(allowed, order.memory_bytes // STATES_SHARE)
-    return allowed // shape.state_bytes
+        allowed = min(allowed, order.memory_bytes // STATES_SHARE, max(0, order.memory_bytes - needed))
+    return allowed // (ranks * share.state_bytes)
 
 
 def _options(plan: LoadPlan) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from cortex.neuron.models.delta_sources import delta_sources
 from cortex.neuron.models.shape import DeltaShape
 from cortex.neuron.nn import delta
-from cortex.neuron.nn.delta import GatedDeltaNet
+from cortex.neuron.nn.delta import GatedDeltaNet, OutputLinear
 from cortex.neuron.nn.delta_rule import Heads, recur, scan
+from cortex.neuron.nn.linear import Linear
 from cortex.neuron.nn.placement import Dtype, Placement, Share
 from cortex.neuron.nn.step import Looks, Span, States, Step
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
@@ -457,6 +458,47 @@ def test_gates_convolution_and_norm_stay_fp32_where_matrices_are_packed(
     x = random(90, HIDDEN)
     expected = run(layer, x, blank(), (0, 90))
     assert (run(packed, x, blank(), (0, 90)) - expected).norm() < most * expected.norm()
+
+
+class ByRows(dict[str, Tensor]):
+    """Tensors that remember which were asked for whole; `rows` gives them as they are."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.whole: list[str] = []
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.whole.append(name)
+        return super().__getitem__(name)
+
+    def rows(self, name: str) -> Tensor:
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("dtype", ["packed16", "int8"])
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated
+def test_an_output_of_one_block_is_packed_by_its_rows(dtype: Dtype) -> None:
+    placement = Placement(CPU, dtype)
+    plain, output = Linear(64, 40, placement), OutputLinear(64, 40, placement, 1)
+    tensors = ByRows({"weight": random(40, 64)})
+    output.fill(tensors)
+    assert not tensors.whole
+    plain.fill({"weight": random(40, 64)})
+    assert output.staged == plain.staged
+    assert torch.equal(output(random(3, 64, seed=2)), plain(random(3, 64, seed=2)))
+
+
+@pytest.mark.parametrize("dtype", ["packed16", "int8", "float32"])
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated
+def test_an_output_of_several_blocks_says_that_it_takes_two_copies_on_the_way(dtype: Dtype) -> None:
+    weight, placement = random(40, 64), Placement(CPU, dtype)
+    output = OutputLinear(64, 40, placement, 4)
+    assert output.staged == 2 * weight.nbytes
+    output.fill({"weight": torch.cat(weight.chunk(4, 1))})
+    plain = Linear(64, 40, placement)
+    plain.fill({"weight": weight})
+    assert output.nbytes == plain.nbytes
+    assert torch.equal(output(random(3, 64, seed=2)), plain(random(3, 64, seed=2)))
 
 
 # --- a CUDA device that is not there --------------------------------------------------------------

@@ -80,6 +80,16 @@ def test_a_half_matrix_does_not_hide_weights_that_are_no_numbers(damage: float, 
     assert torch.allclose(found[:, rest].double(), product(x, weight.half(), bias)[:, rest], atol=1e-5)
 
 
+def test_a_half_matrix_of_some_columns_is_bounded_like_a_whole_one() -> None:
+    """FBGEMM's packing bounds weights to fp16 in place, and in a copy that it drops where they lie apart."""
+    wide, x = random(50, 100, seed=2), random(3, 72)
+    wide[7, 20] = 1e6
+    bounded = wide[:, 10:82].half()
+    bounded[7, 10] = torch.finfo(torch.float16).max
+    found = HalfMatrix(wide[:, 10:82], None)(x)
+    assert torch.allclose(found.double(), product(x, bounded), rtol=1e-5, atol=1e-5)
+
+
 @each_kernel
 @pytest.mark.parametrize(
     ("planes", "most"),

@@ -94,17 +94,27 @@ def test_rows_of_a_file_that_was_cut_short_are_refused_not_a_bus_error(tmp_path:
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size - 8192)
         with pytest.raises(LoadFailed, match="cut short"):
-            checkpoint.rows("w", 0, 1)
+            checkpoint.rows("w", 63, 64)
+        with pytest.raises(LoadFailed, match="cut short"):
+            checkpoint.data(path)
+
+
+def test_reading_rows_maps_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.rows("w", 62, 64) == numpy.ones(128, dtype=numpy.float32).tobytes()
+        assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_closing_unmaps_the_file(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path)
     checkpoint = open_checkpoint(path)
-    rows = checkpoint.rows("w", 0, 2)
+    content = checkpoint.data(path)
     assert str(path) in Path("/proc/self/maps").read_text()
     checkpoint.close()
-    assert rows[0] == 0  # who still reads is not disturbed
-    rows.release()
-    del rows
+    assert content[:4] == b"GGUF"  # who still reads is not disturbed
+    content.release()
+    del content
     assert str(path) not in Path("/proc/self/maps").read_text()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 import time
 from pathlib import Path
@@ -12,7 +13,9 @@ from gguf.constants import GGML_QUANT_SIZES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cortex.neuron.weights import gguf
 from cortex.neuron.weights.checkpoint import open_checkpoint
+from cortex.neuron.weights.files import OpenFile
 from cortex.neuron.weights.gguf import Header, read_header
 from cortex.neuron.weights.layout import BLOCKS
 from cortex.wire.errors import LoadFailed
@@ -178,6 +181,37 @@ def test_every_truncation_is_refused(read: Any) -> None:
     for length in range(len(GOOD)):
         with pytest.raises(LoadFailed):
             read(GOOD[:length])
+
+
+@pytest.mark.parametrize("length", [0, 4, 5000, gguf.WINDOW, gguf.WINDOW + 5000])
+def test_a_file_that_is_cut_short_while_its_header_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(file_of([NAME, pair("tokens", ARRAY, strings(*["a token"] * 40_000))], []))
+    assert len(read_header(path).metadata["tokens"]) == 40_000
+
+    class CutShort(OpenFile):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            os.truncate(path, length)
+
+    monkeypatch.setattr(gguf, "OpenFile", CutShort)
+    with pytest.raises(LoadFailed, match=r"model\.gguf: the file was cut short while it was in use"):
+        read_header(path)
+
+
+def test_what_lies_over_the_border_of_a_window_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    long = "x" * 300
+    path.write_bytes(file_of([*PAIRS, pair("long", STRING, text(long))], TENSORS, bytes(80)))
+    expected = read_header(path)
+    assert expected.metadata["long"] == long
+    for window in range(1, 320):
+        monkeypatch.setattr(gguf, "WINDOW", window)
+        assert read_header(path) == expected
 
 
 @given(at=st.integers(0, len(GOOD) - 81), value=st.binary(min_size=1, max_size=8))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from cortex.neuron.weights import safetensors
 from cortex.neuron.weights.checkpoint import open_checkpoint
+from cortex.neuron.weights.files import OpenFile
 from cortex.neuron.weights.safetensors import read_directory, read_header
 from cortex.wire.errors import LoadFailed
 
@@ -75,6 +78,24 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         path.write_bytes(GOOD[:length])
         with pytest.raises(LoadFailed):
             read_header(path)
+
+
+@pytest.mark.parametrize("length", [0, 8, 5000])
+def test_a_file_that_is_cut_short_while_its_header_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(file_of({**entry(), "__metadata__": {"padding": "x" * 10_000}}))
+    assert list(read_header(path)) == ["w"]
+
+    class CutShort(OpenFile):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            os.truncate(path, length)
+
+    monkeypatch.setattr(safetensors, "OpenFile", CutShort)
+    with pytest.raises(LoadFailed, match="the file was cut short while it was in use"):
+        read_header(path)
 
 
 @given(at=st.integers(0, len(GOOD) - 17), value=st.binary(min_size=1, max_size=8))

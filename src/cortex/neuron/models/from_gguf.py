@@ -117,7 +117,7 @@ def _frequency_factors(checkpoint: Checkpoint, width: int) -> tuple[float, ...]:
     tensor = checkpoint.tensors.get(FREQUENCY_FACTORS)
     if tensor is None:
         return ()
-    if tensor.dtype != "F32" or tensor.shape != (width // 2,):
+    if tensor.dtype != "F32" or tensor.shape != (width // 2,) or tensor.rows > MOST_PARTS:
         raise LoadFailed(f"{checkpoint.path}: tensor {tensor.name} is not fp32 of {width // 2} pairs.")
     return struct.unpack(f"<{width // 2}f", checkpoint.rows(tensor.name, 0, tensor.rows))
 

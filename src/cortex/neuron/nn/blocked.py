@@ -1,7 +1,8 @@
 """Writes int8 weights straight into the memory of oneDNN's packed matrices, where their layout is known.
 
 oneDNN's own reorder into this layout is its slowest generic one, 3.5 ns a weight. So it packs only the first
-matrix of a shape; if that is byte for byte what is expected here, others are written into copies of it.
+matrix of a shape; if that is byte for byte what is expected here, and differs enough within itself for that
+to mean something, others are written into copies of it. Knows neither scales nor products.
 Layout: BA16a64b4a of oneDNN's dnnl_types.h, followed by what zero points of activations would take.
 """
 
@@ -18,6 +19,8 @@ TILE: Final = 64
 """Inputs and outputs of a block; both dimensions are padded to whole ones."""
 FOUR: Final = 4
 """Inputs of one output that lie side by side."""
+SAMPLE: Final = 128
+"""Outputs by which is judged whether a matrix would look another way in another layout."""
 MOST: Final = 2**27
 """Weights of the largest matrix that is looked into: beyond are output heads, and a model has one."""
 
@@ -70,13 +73,28 @@ class BlockedMatrix:
 
 
 def known(packed: Tensor, weight: Tensor) -> bool:
-    """Whether `packed`, which oneDNN made from int8 `weight`, is laid out as this module expects."""
+    """Whether `packed`, which oneDNN made from int8 `weight`, is laid out as this module expects. False too
+    for a weight that would look alike in other layouts.
+    """
     outputs, inputs = weight.shape
     tiles = -(-outputs // TILE), -(-inputs // TILE)
     expected = tiles[0] * TILE * (tiles[1] * TILE + 4)
     if weight.numel() > MOST or torch.ops.mkldnn._nbytes(packed) != expected:
         return False
-    return BlockedMatrix(packed, outputs, inputs).holds(weight.contiguous())
+    return tells_places_apart(weight) and BlockedMatrix(packed, outputs, inputs).holds(weight.contiguous())
+
+
+def tells_places_apart(weight: Tensor) -> bool:
+    """Whether most of what a layout moves about differs: the inputs of a word, and the words, of outputs that
+    are spread over an int8 matrix.
+    """
+    outputs, inputs = weight.shape
+    some = weight[torch.linspace(0, outputs - 1, min(outputs, SAMPLE)).long()]
+    words = torch.nn.functional.pad(some, (0, -inputs % FOUR)).view(torch.int32)
+    ordered = words.flatten().sort().values
+    distinct = 1 + int(ordered[1:].ne(ordered[:-1]).sum())
+    neighbours = some[:, 1:].ne(some[:, :-1])
+    return 2 * distinct > words.numel() and 2 * int(neighbours.sum()) >= neighbours.numel()
 
 
 def _memory(packed: Tensor) -> Tensor:

@@ -172,11 +172,12 @@ class OutputLinear(Linear):
     def __init__(self, inputs: int, outputs: int, placement: Placement, blocks: int) -> None:
         super().__init__(inputs, outputs, placement)
         self._blocks = blocks
-        if self.weight is not None:
+        if blocks > 1 and self.weight is not None:
             self.weight = empty(blocks * outputs, inputs // blocks, dtype=self.weight.dtype)
+            # As it is read and as it is joined; what packing takes then is less than the former.
+            self.staged = 2 * self.weight.nbytes
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        weight = tensors["weight"]
         if self._blocks > 1:
-            weight = torch.cat(weight.chunk(self._blocks), 1)
-        super().fill({"weight": weight})
+            tensors = {"weight": torch.cat(tensors["weight"].chunk(self._blocks), 1)}
+        super().fill(tensors)

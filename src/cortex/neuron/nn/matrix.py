@@ -45,7 +45,7 @@ class HalfMatrix:
     """Weights rounded to fp16, everything else fp32: FBGEMM's `linear_dynamic_fp16`."""
 
     def __init__(self, rows: Rows, bias: Tensor | None) -> None:
-        weight = rows[:]
+        weight = rows[:].contiguous()  # else FBGEMM bounds the weights of a copy, and packs from another
         self.nbytes = packed_bytes(*reversed(weight.shape))
         sums = weight.sum(1)
         if not sums.isfinite().all():  # FBGEMM would clamp such weights, and hide that they are damaged

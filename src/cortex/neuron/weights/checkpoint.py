@@ -1,6 +1,6 @@
 """A checkpoint on disk, whatever its format: its tensors, its configuration, and its rows as bytes.
 
-Maps files read-only, and only those that are read. Knows no torch and no model.
+Files are mapped only for those who ask for all of a file's bytes. Knows no torch and no model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from cortex.neuron.weights import gguf, safetensors
-from cortex.neuron.weights.files import map_file, read_json
+from cortex.neuron.weights.files import OpenFile, cut_short, map_file, read_json
 from cortex.neuron.weights.layout import TensorInfo, damaged
 from cortex.wire.errors import LoadFailed
 
@@ -46,17 +46,20 @@ class Checkpoint:
         self.metadata: Final = metadata or {}
         self._maps: dict[Path, mmap.mmap] = {}
 
-    def rows(self, name: str, start: int, stop: int) -> memoryview:
-        """The stored bytes of rows [start, stop) of a tensor, without a copy.
+    def rows(self, name: str, start: int, stop: int) -> bytes:
+        """The stored bytes of rows [start, stop) of a tensor, few of them: a copy.
 
         Raises LoadFailed if the file has become shorter or cannot be read any more.
         """
         tensor = self.tensors[name]
-        begin = tensor.offset + start * tensor.row_bytes
-        return self.data(tensor.file)[begin : begin + (stop - start) * tensor.row_bytes]
+        with OpenFile(tensor.file) as file:
+            return file.read(tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
 
     def data(self, file: Path) -> memoryview:
-        """All bytes of one of the checkpoint's files. Raises LoadFailed as `rows` does."""
+        """All bytes of one of the checkpoint's files, without a copy. Raises LoadFailed as `rows` does.
+
+        The process that looks at them ends if the file is cut short afterwards.
+        """
         return memoryview(self._map(file))
 
     def read_ahead(self, name: str, start: int, stop: int) -> None:
@@ -76,7 +79,7 @@ class Checkpoint:
             mapped = map_file(file)
             if len(mapped) < max(t.offset + t.nbytes for t in self.tensors.values() if t.file == file):
                 mapped.close()
-                raise damaged(file, "the file was cut short while it was in use")
+                raise cut_short(file)
             self._maps[file] = mapped
         return self._maps[file]
 

@@ -1,13 +1,15 @@
-"""Opens what weights are made of: files as read-only mappings, and JSON up to a size that makes sense.
+"""Opens what weights are made of: files read at a place or as read-only mappings, and JSON of sensible size.
 
-Knows neither formats nor fields; those are the caller's.
+A mapping of a file that is cut short meanwhile ends the process that looks there, so whoever must live on
+reads. Knows neither formats nor fields; those are the caller's.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Self, TypeVar
 
 import msgspec
 
@@ -18,6 +20,46 @@ MAX_JSON: Final = 2**26
 """Bytes; the index of the largest published model has a tenth of it."""
 
 T = TypeVar("T")
+
+
+class OpenFile:
+    """A file that is read at any place, as a context manager. `size` is that at its opening.
+
+    Raises LoadFailed: it cannot be opened, or there are no bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("rb", buffering=0)
+            self.size = os.fstat(self._file.fileno()).st_size
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from None
+        if not self.size:
+            self._file.close()
+            raise damaged(path, "the file is empty")
+
+    def read(self, at: int, length: int) -> bytes:
+        """Bytes [at, at + length), which the caller has held against `size`.
+
+        Raises LoadFailed if the file has become shorter or cannot be read any more.
+        """
+        try:
+            found = os.pread(self._file.fileno(), length, at)
+            while len(found) < length:
+                more = os.pread(self._file.fileno(), length - len(found), at + len(found))
+                if not more:
+                    raise cut_short(self.path)
+                found += more
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -49,6 +91,10 @@ def decode_json(text: bytes | memoryview, kind: type[T], path: Path, what: str) 
         return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise damaged(path, f"{what} is not the JSON that it should be ({error})") from None
+
+
+def cut_short(path: Path) -> LoadFailed:
+    return damaged(path, "the file was cut short while it was in use")
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> LoadFailed:

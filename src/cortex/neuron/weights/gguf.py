@@ -1,20 +1,19 @@
 """The header of a GGUF file: metadata and where each tensor lies. Versions 2 and 3, little-endian.
 
-Reads through an mmap and believes nothing: counts, lengths, offsets and types are held against the
-file's size before anything is allocated. Knows no torch and no model.
+Reads some of it at a time and believes nothing: counts, lengths, offsets and types are held against
+the file's size before anything is allocated. Knows no torch and no model.
 Format: ggml/docs/gguf.md of the ggml repository.
 """
 
 from __future__ import annotations
 
-import mmap
 import struct
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from cortex.neuron.weights.files import map_file
+from cortex.neuron.weights.files import OpenFile
 from cortex.neuron.weights.layout import BLOCKS, TensorInfo, check_extents, damaged, stored_bytes
 from cortex.wire.errors import LoadFailed
 
@@ -27,6 +26,8 @@ MAX_ELEMENTS: Final = 2**21
 """Elements of one metadata array: four times the longest list of merges."""
 MAX_HEADER: Final = 2**27
 """Bytes of metadata and tensor entries: four times those of the largest vocabulary."""
+WINDOW: Final = 2**18
+"""Bytes of the header that are read and kept at a time."""
 
 TYPES: Final[dict[int, str]] = {
     0: "F32",
@@ -95,20 +96,28 @@ class Header(msgspec.Struct, frozen=True):
 
 def read_header(path: Path) -> Header:
     """Raises LoadFailed that names the file and, where there is one, the key or tensor at fault."""
-    with map_file(path) as data:
-        return _Cursor(path, data).header()
+    with OpenFile(path) as file:
+        return _Cursor(file).header()
 
 
 class _Cursor:
     """Reads forward through the header; `where` says for an error what was being read."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self._path = path
-        self._data = data
-        self._size = len(data)
+    def __init__(self, file: OpenFile) -> None:
+        self._file = file
+        self._path = file.path
+        self._size = file.size
         self._end = min(self._size, MAX_HEADER)
-        self._at = 0
+        self._window = b""
+        self._start = 0
+        """Where the window lies in the file."""
+        self._within = 0
+        """How much of the window has been read."""
         self._where = "the preamble"
+
+    @property
+    def _at(self) -> int:
+        return self._start + self._within
 
     def header(self) -> Header:
         if self._take(len(MAGIC)) != MAGIC:
@@ -198,23 +207,28 @@ class _Cursor:
 
     def _strings(self, count: int) -> list[str]:
         """The hot loop: a vocabulary has hundreds of thousands of strings."""
-        data, last, at = self._data, self._end, self._at
+        window, at = self._window, self._within
+        last = len(window)
         length_at = _U64.unpack_from
         strings = []
-        for _ in range(count):
-            if at + 8 > last:
-                raise self._short()
-            (length,) = length_at(data, at)
-            end = at + 8 + length
-            if end > last:
-                raise self._short()
-            strings.append(data[at + 8 : end])
-            at = end
-        self._at = at
         try:
-            return [str(string, "utf-8") for string in strings]
+            for _ in range(count):
+                end = at + 8
+                if end <= last:
+                    (length,) = length_at(window, at)
+                    end += length
+                if end > last:  # not all of it is in the window
+                    self._within = at
+                    strings.append(str(self._take(int(self._scalar(_U64))), "utf-8"))
+                    window, at = self._window, self._within
+                    last = len(window)
+                    continue
+                strings.append(str(window[at + 8 : end], "utf-8"))
+                at = end
         except UnicodeDecodeError:
             raise damaged(self._path, f"{self._where} holds text that is not UTF-8") from None
+        self._within = at
+        return strings
 
     def _string(self) -> str:
         return self._strings(1)[0]
@@ -230,11 +244,18 @@ class _Cursor:
         return count
 
     def _take(self, length: int) -> bytes:
-        end = self._at + length
-        if end > self._end:
+        at = self._at
+        if at + length > self._end:
             raise self._short()
-        taken = self._data[self._at : end]
-        self._at = end
+        if length > WINDOW:
+            taken = self._file.read(at, length)
+            self._window, self._start, self._within = b"", at + length, 0
+            return taken
+        if self._within + length > len(self._window):
+            self._window = self._file.read(at, min(WINDOW, self._end - at))
+            self._start, self._within = at, 0
+        taken = self._window[self._within : self._within + length]
+        self._within += length
         return taken
 
     def _short(self) -> LoadFailed:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from cortex.neuron.weights.files import decode_json, map_file, read_json
+from cortex.neuron.weights.files import OpenFile, decode_json, read_json
 from cortex.neuron.weights.layout import BLOCKS, TensorInfo, check_extents, damaged, stored_bytes
 from cortex.wire.errors import LoadFailed
 
@@ -70,13 +70,13 @@ def _read_indexed(directory: Path) -> dict[str, TensorInfo]:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one file. Raises LoadFailed."""
-    with map_file(path) as data:
-        size = len(data)
-        length = int.from_bytes(data[:8], "little")
+    with OpenFile(path) as file:
+        size = file.size
+        length = int.from_bytes(file.read(0, min(size, 8)), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise damaged(path, f"a header of {length} bytes cannot be in a file of {size} bytes")
-        with memoryview(data) as whole, whole[8 : 8 + length] as header:
-            entries = decode_json(header, dict[str, Any], path, "the header")
+        header = file.read(8, length)
+    entries = decode_json(header, dict[str, Any], path, "the header")
     entries.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, 8 + length, size) for name, entry in entries.items()}
     check_extents(path, tensors.values(), size)
