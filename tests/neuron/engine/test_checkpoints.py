@@ -181,3 +181,34 @@ def test_the_check_finds_books_that_do_not_agree() -> None:
         books.check([], [])
     with pytest.raises(AssertionError, match="two owners"):
         books.check([0], [block])
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_agents_that_send_their_conversations_again_pay_for_what_is_new(forgets: bool) -> None:
+    """Six agents over one system prompt, eight turns each, in turns; where a template forgets what a model
+    has thought, the next turn lacks half of the reply.
+    """
+    made = Scheduler(
+        BlockPool(4000, 16),
+        context=6000,
+        prefill_chunk=512,
+        vocab=100,
+        clock=lambda: 0.0,
+        max_running=8,
+        states=StateBooks(8, 40, block=16),
+    )
+    system = message(3, 1500)
+    histories = {agent: list(system) for agent in range(6)}
+    new, computed = len(system), 0
+    for turn in range(8):
+        for agent, history in histories.items():
+            question = message(7 * agent + turn, 90 + agent)
+            history += question
+            ask(made, 100 * turn + agent, history, max_tokens=60)
+            while not made.idle:
+                scheduled = step(made, token=20 + agent)
+                computed += scheduled.prefill
+            new += len(question)
+            history += [20 + agent] * (30 if forgets else 60)
+            new += 30 if forgets else 0
+    assert computed <= 1.05 * new
