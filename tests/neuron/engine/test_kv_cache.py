@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random as chance
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from cortex.neuron.engine import cache as module
 from cortex.neuron.engine.cache import RunCache
+from cortex.neuron.nn import step as steps
 from cortex.neuron.nn.plan import Copy, Run, Segment, StepPlan, parts
 from cortex.neuron.nn.step import prepare
 
@@ -93,28 +93,14 @@ def compute(cache: Cache, work: list[tuple[Text, int]], layer: int = 0) -> float
     fresh = projected[:, KV_HEADS * GROUP :].view(count, 2, KV_HEADS, WIDTH)
     cache.layers[layer].write(step, fresh)
     found = cache.layers[layer].attend(step, queries, fresh)
-    plain = attend_plainly(cache, layer, step, queries, fresh)
+    with pytest.MonkeyPatch.context() as patch:  # as on a device other than a CPU
+        patch.setattr(steps, "KNOWS_CAUSALITY", ())
+        patch.setattr(cache.layers[layer], "_plainly", True)
+        masked = prepare(StepPlan([0] * count, segments, []), CPU, window=cache.window)
+        plain = cache.layers[layer].attend(masked, queries, fresh)
     assert found.shape == (count, KV_HEADS * GROUP * WIDTH)
     assert (found - plain).abs().max() <= 2e-6
     return float((found - torch.stack(expected)).abs().max())
-
-
-def attend_plainly(cache: Cache, layer: int, step: Any, queries: Tensor, fresh: Tensor) -> Tensor:
-    """As on a device other than a CPU."""
-
-    def at_once(runs: Any, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = (part[0].transpose(0, 1) for part in (keys, values))
-        return module._plain(queries, keys, values, runs._scale, None)
-
-    def each(queries: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Any:
-        if mask is None:
-            mask = torch.full((len(queries), len(keys)), -math.inf).triu(1)
-        return module._plain(queries, keys, values, scale, mask)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.LayerRuns, "_at_once", at_once)
-        patch.setattr(module, "_each", each)
-        return cache.layers[layer].attend(step, queries, fresh)
 
 
 @pytest.mark.parametrize("runs", [[(0, 12)], [(30, 5), (10, 7)], [(9, 1), (7, 1), (20, 10)]])
@@ -282,7 +268,7 @@ def test_plain_attention_is_the_fast_one_however_many_rows_it_takes_at_a_time(
         mask = torch.zeros(rows, length).masked_fill_(random(rows, length, seed=4) > 0.5, float("-inf"))
     found = module._plain(queries, keys, values, WIDTH**-0.5, mask)
     everything = torch.zeros(rows, length) if mask is None else mask
-    wanted = module._each(queries, keys, values, WIDTH**-0.5, everything)
+    wanted = module._each(queries, keys, values, everything)
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape
         assert (one - other).abs().max() < 1e-5

@@ -77,6 +77,8 @@ class LayerRuns:
     def __init__(self, stored: Tensor, near: bool = False) -> None:
         self._stored = stored
         self._near = near
+        self._plainly = stored.device.type != "cpu"
+        """Without the flash kernel for CPUs."""
         _, _, self._kv_heads, self._width = stored.shape
         self._scale = 1 / math.sqrt(self._width)
         self._row = stored.stride(0)
@@ -110,14 +112,14 @@ class LayerRuns:
             chosen = queries.narrow(0, view.first, view.last - view.first)
         if view.causal:
             keys, values = keys_values.narrow(0, view.first, view.length).unbind(1)
-            return _each(chosen, keys, values, self._scale, None)
-        keys, values = self._run(view, 0), self._run(view, 1)
-        if view.mask is None and chosen.device.type == "cpu":
-            return self._at_once(chosen, keys, values)
-        keys, values = keys.squeeze(0).transpose(0, 1), values.squeeze(0).transpose(0, 1)
-        if view.mask is not None:
-            return _each(chosen, keys, values, self._scale, view.mask)
-        return _plain(chosen, keys, values, self._scale, None)
+        else:
+            keys, values = self._run(view, 0), self._run(view, 1)
+            if view.mask is None and not self._plainly:
+                return self._at_once(chosen, keys, values)
+            keys, values = keys.squeeze(0).transpose(0, 1), values.squeeze(0).transpose(0, 1)
+        if self._plainly:
+            return _plain(chosen, keys, values, self._scale, view.mask)
+        return _each(chosen, keys, values, view.mask)
 
     def _run(self, view: View, which: int) -> Tensor:
         """Keys (0) or values (1) of a run: [1, kv_heads, length, width]."""
@@ -140,19 +142,13 @@ class LayerRuns:
         return seen, weight.view(kv_heads, rows, group).transpose(0, 1).reshape(rows, heads)
 
 
-def _each(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _each(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Each row sees what `mask`, fp32 [rows, length], lets it; without one, row i sees rows [0, i].
 
     KV heads are the batch, so that a group shares them without a copy.
     """
     rows, heads, width = queries.shape
     length, kv_heads, _ = keys.shape
-    if queries.device.type != "cpu":
-        if mask is None:
-            mask = torch.full((rows, rows), float("-inf"), device=queries.device).triu(1)
-        return _plain(queries, keys, values, scale, mask)
     group = heads // kv_heads
     grouped = queries.view(rows, kv_heads, group, width).permute(1, 2, 0, 3)
     size = (kv_heads, group, length, width)

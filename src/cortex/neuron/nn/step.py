@@ -7,12 +7,15 @@ of them a query sees.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cortex.neuron.nn.plan import NO_SLOT, Run, Segment, StepPlan, parts
+
+KNOWS_CAUSALITY: Final = ("cpu",)
+"""Types of devices whose attention hides later tokens by itself."""
 
 
 class View(NamedTuple):
@@ -21,7 +24,8 @@ class View(NamedTuple):
     The rows are [first, last), or those of `rows`, int64, where they do not lie together. The keys are
     `length` rows of the cache from `start` on; with `causal`, they are the step's own rows [first, last).
     `fresh` rows have looked at nothing before; what others see is merged with what they saw. `mask`, fp32
-    [rows, length], is added to the scores: -inf at keys that a row's window has left behind.
+    [rows, length], is added to the scores: -inf at keys that a row's window has left behind and, where
+    attention knows no causality by itself, at its own that come later.
     """
 
     first: int
@@ -200,7 +204,8 @@ class _Looking:
             end = min(part.end, start + most)
             first = row + start - part.start
             last = first + end - start
-            self._views.append(View(first, last, None, 0, end - start, True, True))
+            hidden = self._later(end - start)
+            self._views.append(View(first, last, None, 0, end - start, True, True, hidden))
             position = self._oldest(start)
             for begin, count in parts(part.runs, position, start):
                 self._before(first, last, start, (begin, count), position)
@@ -214,6 +219,16 @@ class _Looking:
         hidden = self._oldest(start + last - first - 1) - position
         mask = self._mask(last - first, count, position - start) if hidden > 0 else None
         self._views.append(View(first, last, None, begin, count, False, False, mask))
+
+    def _later(self, rows: int) -> Tensor | None:
+        """What hides from each of several tokens those that come after it, where that has to be said."""
+        if self._device.type in KNOWS_CAUSALITY:
+            return None
+        known = self._masks.get((rows, rows, 0))
+        if known is None:
+            full = torch.full((rows, rows), float("-inf"), device=self._device)
+            known = self._masks[rows, rows, 0] = full.triu(1)
+        return known
 
     def _mask(self, rows: int, count: int, ahead: int) -> Tensor:
         """For `count` keys of which the first is at the position of the first row plus `ahead`, below 0."""
