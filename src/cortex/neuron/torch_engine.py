@@ -84,9 +84,8 @@ class TorchFactory:
         Without a budget: weights, a cache for two full contexts, and the process. With one, the cache
         takes what weights and process leave. Of several ranks each has its share of weights and cache and
         a process; those on the same device share its budget. States that are kept lie on the host, also of
-        what runs elsewhere. Raises BadRequest for options that do not
-        exist here, for a budget that is too small and for ranks that cannot divide the model, LoadFailed
-        for a checkpoint that cannot be run.
+        what runs elsewhere. Raises BadRequest for options that do not exist here, for a budget that is too
+        small and for ranks that cannot divide the model, LoadFailed for a checkpoint that cannot be run.
         """
         ranks = len(order.devices)
         with open_checkpoint(Path(order.path)) as checkpoint:
@@ -99,7 +98,8 @@ class TorchFactory:
         together = max(order.devices.count(device) for device in order.devices)
         fixed = rank_weight_bytes(shape, ranks, dtype, packs=order.devices[0] == CPU) + PROCESS_BYTES
         fixed += order.max_running * share.state_bytes
-        checkpoints = _checkpoints(share, ranks, order, together * (fixed + _least_cache(share)))
+        least = _least_context(share) * share.kv_bytes_per_token
+        checkpoints = _checkpoints(share, ranks, order, together * (fixed + least))
         on_host = order.devices[0] == CPU
         fixed += checkpoints * on_host * share.state_bytes
         if order.memory_bytes is None:
@@ -200,9 +200,9 @@ def _cache_within(budget: int, together: int, fixed: int, share: ModelShape, ord
     Raises BadRequest if that is no reasonable context.
     """
     tokens = max(0, budget // together - fixed) // share.kv_bytes_per_token
-    least = min(MIN_CONTEXT, share.max_position)
+    least = _least_context(share)
     if tokens < least:
-        needed = together * (fixed + _least_cache(share))
+        needed = together * (fixed + least * share.kv_bytes_per_token)
         raise BadRequest(
             f"{order.model_id} does not fit into {budget // MIB:,} MB: weights and process take "
             f"{together * fixed // MIB:,} MB, and with a context of {least} tokens it takes "
@@ -213,9 +213,9 @@ def _cache_within(budget: int, together: int, fixed: int, share: ModelShape, ord
     return tokens if tokens < _ROUND else tokens // _ROUND * _ROUND
 
 
-def _least_cache(share: ModelShape) -> int:
-    """Bytes of the shortest context that is worth a load."""
-    return min(MIN_CONTEXT, share.max_position) * share.kv_bytes_per_token
+def _least_context(share: ModelShape) -> int:
+    """Tokens of the shortest context that is worth a load."""
+    return min(MIN_CONTEXT, share.max_position)
 
 
 def _checkpoints(share: ModelShape, ranks: int, order: LoadOrder, needed: int) -> int:

@@ -63,7 +63,6 @@ class Attention(nn.Module):
         self._gates = self._heads if sizes.gated else 0
         self._all_heads = self._heads + 2 * self._kv_heads + self._gates
         self._width = sizes.width
-        self._rotary = sizes.rotary
         # Caches divide by sqrt(width).
         self._factor = 1.0 if sizes.scale is None else sizes.scale * math.sqrt(sizes.width)
         has_bias = sizes.output_bias and placement.share.rank == 0

@@ -30,7 +30,6 @@ class BlockedMatrix:
 
     def __init__(self, packed: Tensor, outputs: int, inputs: int) -> None:
         self.packed = packed
-        self._inputs = inputs
         self._padding = -inputs % TILE
         tiles = -(-outputs // TILE), (inputs + self._padding) // TILE
         memory = _memory(packed)

@@ -21,7 +21,6 @@ _GONE: Final = ("closed by peer", "reset by peer", "broken pipe", "end of file",
 _SILENT: Final = ("timed out", "wait timeout", "timeout caused pair closure")
 """What gloo and NCCL say of a rank that has ended, and of one that does not take part."""
 
-
 _waits: Final[list[datetime.timedelta]] = []
 
 
