@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from cortex.config import NeuronConfig
 from cortex.hookspecs import LoadOrder
 from cortex.neuron.app import Neuron, build_neuron
 from cortex.neuron.hardware import Hardware
+from cortex.neuron.torch_engine import TorchFactory
 from cortex.testing import AsgiClient, AsgiExchange, AsgiReply, ManualClock
 from cortex.testing.scripted import ScriptedEngine, ScriptedFactory
 
@@ -102,6 +103,14 @@ async def node(tmp_path: Path) -> AsyncIterator[ScriptedNode]:
     await node.neuron.stop()
     assert not node.factory.live
     assert node.factory.stopped
+
+
+@pytest.fixture(scope="module")
+def own_warm_server() -> Iterator[None]:
+    """For modules with real workers: one that another module left has something else preloaded."""
+    asyncio.run(TorchFactory().stop())
+    yield
+    asyncio.run(TorchFactory().stop())
 
 
 TEMPLATE = (

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from cortex.neuron.torch_engine import TorchFactory
 from cortex.testing import AsgiClient, AsgiReply
 from cortex.testing.asgi_client import AsgiExchange
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_warm_server")]
 
 BUDGET_MB = 2000
 MEMORY_MB = 600
@@ -93,13 +93,6 @@ def warm_server() -> psutil.Process:
 
 def workers() -> list[psutil.Process]:
     return [child for child in warm_server().children() if child.status() != psutil.STATUS_ZOMBIE]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def warm() -> Iterator[None]:
-    asyncio.run(TorchFactory().stop())  # one that another module left has something else preloaded
-    yield
-    asyncio.run(TorchFactory().stop())
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from cortex.testing import AsgiClient, AsgiReply
 from cortex.testing.asgi_client import AsgiExchange
 from cortex.wire.errors import LoadFailed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_warm_server")]
 
 
 class LastingFactory(TorchFactory):
@@ -78,13 +78,6 @@ def processes() -> list[psutil.Process]:
     """The workers, rank by rank, dead ones that nobody has reaped included."""
     (server,) = [child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline())]
     return sorted(server.children(), key=lambda child: child.pid)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def warm() -> Iterator[None]:
-    asyncio.run(TorchFactory().stop())  # one that another module left has something else preloaded
-    yield
-    asyncio.run(TorchFactory().stop())
 
 
 @pytest.fixture

@@ -6,25 +6,18 @@ traffic.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cortex.neuron.torch_engine import TorchFactory
 from soaking import KINDS, Soak
 
 GROWTH, SLACK = 1.05, 2**20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def warm() -> Iterator[None]:
-    asyncio.run(TorchFactory().stop())  # one that another module left has something else preloaded
-    yield
-    asyncio.run(TorchFactory().stop())
+pytestmark = pytest.mark.usefixtures("own_warm_server")
 
 
 @pytest.mark.slow

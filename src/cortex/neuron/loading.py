@@ -18,6 +18,7 @@ from cortex.neuron.hardware import CPU
 from cortex.neuron.memory import Ledger
 from cortex.neuron.references import Report
 from cortex.neuron.resident import Served
+from cortex.neuron.thread_share import thread_share
 from cortex.wire.errors import BadRequest
 from cortex.wire.node import LoadRequest
 
@@ -101,9 +102,8 @@ class Loader:
 
     def _share_threads(self) -> None:
         """Divide the threads evenly among the models that run; what is left over goes to the oldest."""
-        each, left_over = divmod(self._threads, max(1, len(self._running)))
         for place, model in enumerate(self._running.values()):
-            model.set_threads(max(1, each + (place < left_over)))
+            model.set_threads(thread_share(self._threads, place, len(self._running)))
 
     def harness(self, asked: str | None) -> str:
         """The name of the engine for a request. Raises BadRequest for one that is not installed."""

@@ -26,6 +26,7 @@ from cortex.neuron.engine.messages import (
 )
 from cortex.neuron.processes import WarmServer, to_its_end
 from cortex.neuron.silence import silence
+from cortex.neuron.thread_share import thread_share
 from cortex.neuron.worker_process import FINE, WorkerProcess
 from cortex.wire.errors import LoadFailed
 from cortex.wire.node import Progress
@@ -56,7 +57,7 @@ class RankGroup:
         try:
             for rank, device in enumerate(devices):
                 mine = (links[rank - 1][1],) if rank else tuple(pair[0] for pair in links)
-                workers.append(await warm.spawn(device, _part(threads, rank, len(devices)), mine))
+                workers.append(await warm.spawn(device, thread_share(threads, rank, len(devices)), mine))
         except BaseException:
             await to_its_end(cls(workers).close())
             raise
@@ -115,7 +116,7 @@ class RankGroup:
             self._workers[0].post(order)
             return
         for rank, worker in enumerate(self._workers):
-            worker.post(Threads(threads=_part(order.threads, rank, len(self._workers))))
+            worker.post(Threads(threads=thread_share(order.threads, rank, len(self._workers))))
 
     @property
     def failed_step(self) -> str | None:
@@ -147,7 +148,7 @@ class RankGroup:
 
     def _of_rank(self, order: Load, rank: int, device: str) -> Load:
         world = len(self._workers)
-        threads = _part(order.threads, rank, world)
+        threads = thread_share(order.threads, rank, world)
         return msgspec.structs.replace(order, rank=rank, world=world, device=device, threads=threads)
 
     async def _load_rank(self, rank: int, order: Load, totals: _Totals, report: TellProgress) -> bool:
@@ -212,11 +213,6 @@ class RankGroup:
                     said[rank] = report
                     if report.cause == "step":
                         self._failed_step = f"{report.reason} on rank {rank} of {len(self._workers)}"
-
-
-def _part(threads: int, rank: int, world: int) -> int:
-    """A rank's part of the threads of a model; those left over go to the first ones."""
-    return max(1, threads // world + (rank < threads % world))
 
 
 def _tell(totals: _Totals, world: int, phase: str, report: TellProgress) -> None:
