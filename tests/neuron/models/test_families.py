@@ -143,7 +143,7 @@ def test_weights_and_cache_take_what_the_shape_foretold(made: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated
 @pytest.mark.parametrize(
-    ("dtype", "most"), [("packed16", 0.02), pytest.param("int8", 0.5, marks=pytest.mark.long)]
+    ("dtype", "most"), [("packed16", 0.05), pytest.param("int8", 0.5, marks=pytest.mark.long)]
 )
 def test_packed_weights_are_close_and_take_at_most_what_was_foretold(
     tiny: Any, computing: Any, expected: Tensor, dtype: str, most: float

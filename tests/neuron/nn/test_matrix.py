@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,11 +23,16 @@ needs_onednn = pytest.mark.skipif(
     "onednn" not in ENGINES or not torch.cpu._is_vnni_supported(),
     reason="oneDNN's int8 products are exact on CPUs with VNNI only",
 )
+needs_amx = pytest.mark.skipif(
+    "onednn" not in ENGINES or not torch.cpu._is_amx_tile_supported(),
+    reason="only AMX multiplies signed activations, elsewhere oneDNN's reference code takes minutes",
+)
 needs_fbgemm = pytest.mark.skipif("fbgemm" not in ENGINES, reason="this build of torch lacks FBGEMM")
 each_kernel = pytest.mark.parametrize(
     "kernel",
     [
-        pytest.param(OneDnn(), id="onednn", marks=needs_onednn),
+        pytest.param(OneDnn(signed=True), id="onednn", marks=needs_amx),
+        pytest.param(OneDnn(signed=False), id="onednn-unsigned", marks=needs_onednn),
         pytest.param(Fbgemm(), id="fbgemm", marks=needs_fbgemm),
     ],
 )
@@ -257,7 +266,8 @@ SIZES = [(1, 1), (64, 1), (72, 50), (63, 33), (65, 49), (576, 960), (576, 1536),
 @pytest.mark.parametrize(("inputs", "outputs"), [*SIZES, (576, 49152)])
 def test_an_integer_matrix_takes_what_was_foretold(inputs: int, outputs: int) -> None:
     """Of oneDNN's packed tensor, its scales (fp32) and its zero points (int64)."""
-    packed, scale, zero = OneDnn().pack(torch.ones(outputs, inputs, dtype=torch.int8), torch.ones(outputs))
+    kernel = OneDnn(signed=True)
+    packed, scale, zero = kernel.pack(torch.ones(outputs, inputs, dtype=torch.int8), torch.ones(outputs))
     taken = torch.ops.mkldnn._nbytes(packed) + scale.nbytes + zero.nbytes
     assert taken <= integer_bytes(inputs, outputs, 1) <= 1.1 * taken + 1024
     assert integer_bytes(inputs, outputs, 2) == 2 * integer_bytes(inputs, outputs, 1)
@@ -275,6 +285,31 @@ def test_a_matrix_knows_its_bytes(kernel: IntegerKernel, planes: int) -> None:
 def test_whatever_a_cpu_takes_it_takes_no_more_than_planned(inputs: int, outputs: int, dtype: str) -> None:
     matrix = pack(random(outputs, inputs), None, dtype)
     assert matrix.nbytes <= most_bytes(inputs, outputs, dtype)
+
+
+MULTIPLY = """
+import torch
+from cortex.neuron.nn.matrix import IntegerMatrix, integer_kernel
+IntegerMatrix(torch.ones(64, 64), None, 1, integer_kernel())(torch.ones(3, 64))
+"""
+
+
+@needs_onednn
+def test_the_chosen_kernel_is_none_of_onednns_reference_code() -> None:
+    """Which gives the same numbers, a thousand times later."""
+    environment = dict(os.environ, ONEDNN_VERBOSE="1")
+    command = [sys.executable, "-c", MULTIPLY]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=15)
+    products = [line for line in run.stdout.splitlines() if ",exec,cpu,matmul," in line]
+    assert products
+    assert not [line for line in products if "ref" in line.split(",")[6]]
+
+
+@needs_onednn
+def test_signs_of_planes_make_no_difference() -> None:
+    x, weight = random(5, 72), random(50, 72, seed=2)
+    signed, unsigned = (IntegerMatrix(weight, None, 2, OneDnn(signed=how))(x) for how in (True, False))
+    assert torch.equal(signed, unsigned)
 
 
 @pytest.mark.skipif("onednn" not in ENGINES, reason="this build of torch lacks oneDNN")
@@ -309,7 +344,7 @@ def test_the_form_follows_from_what_the_cpu_has(
 def test_what_is_staged_follows_from_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 where fp16 is packed from it, planes of bytes else, twice for FBGEMM."""
     large = 2 * forms.FEW_WEIGHTS
-    for kernel, copies in ((OneDnn(), 1), (Fbgemm(), 2)):
+    for kernel, copies in ((OneDnn(signed=True), 1), (Fbgemm(), 2)):
         monkeypatch.setattr(forms, "integer_kernel", lambda kernel=kernel: kernel)
         for unit, sixteen in ((True, 2 * copies), (False, 4)):
             monkeypatch.setattr(forms, "has_matrix_unit", lambda unit=unit: unit)

@@ -74,7 +74,8 @@ def test_large_weights_are_quantised_part_by_part(monkeypatch: pytest.MonkeyPatc
     whole = (*quantised8(weight), *quantised4(weight, 32), Int8Matrix(weight, None, CPU)(x))
     monkeypatch.setattr(quant, "PART", 3 * 64 + 5)
     parts = (*quantised8(weight), *quantised4(weight, 32), Int8Matrix(weight, None, CPU)(x))
-    assert all(torch.allclose(a.float(), b.float()) for a, b in zip(whole, parts, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole[:-1], parts[:-1], strict=True))
+    torch.testing.assert_close(parts[-1], whole[-1], rtol=0, atol=1e-4)  # sums of a part in another order
 
 
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])

@@ -24,7 +24,8 @@ from cortex.neuron.nn.packing import integer_bytes, packed_bytes
 _TINY: Final = torch.tensor(1e-30)
 """Keeps the scale of a row of zeros from being zero."""
 _HALF: Final = torch.tensor(128.0)
-_HALF_BIT: Final = torch.tensor(128, dtype=torch.int16)
+_LOW_SIGN: Final = torch.tensor(128, dtype=torch.int16)
+_HIGH_SIGN: Final = torch.tensor(-32768, dtype=torch.int16)
 FEW_WEIGHTS: Final = 5_000_000
 """Up to so many, splitting and joining two planes costs a decode step more than their product saves."""
 RUN: Final = 2**17
@@ -102,11 +103,18 @@ class _Placed(blocked.BlockedMatrix):
 
 
 class OneDnn:
-    """oneDNN's int8 product, on CPUs with VNNI or AMX. A plane holds [-128, 127]."""
+    """oneDNN's int8 product, on CPUs with VNNI or AMX. A plane holds [-128, 127].
+
+    VNNI multiplies unsigned activations alone: of packed weights and signed ones oneDNN then has nothing but
+    its reference code, a thousand times slower. There planes are stored with 128 added, as their zero point.
+    """
 
     base = 256
 
-    def __init__(self) -> None:
+    def __init__(self, signed: bool) -> None:
+        self._zero = 0 if signed else 128
+        self._plane = torch.int8 if signed else torch.uint8
+        self._sign = _LOW_SIGN if signed else _HIGH_SIGN
         self._known: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()
         """By shape a packed matrix, somewhere in use, whose layout `blocked` can write."""
 
@@ -127,15 +135,16 @@ class OneDnn:
         rows, inputs = x.shape
         scale = torch.add(_TINY, x.abs().amax(-1, True), alpha=1 / (127 * 256))
         number = x.div(scale).add_(_HALF).round_().to(torch.int16)
-        # The upper byte of number + 128 is the upper plane; of the lower byte, 128 is taken off again.
-        planes = number.bitwise_xor_(_HALF_BIT).view(torch.int8)
+        # The upper byte of number + 128 is the upper plane, the lower one has 128 too many: taken off here,
+        # or added to the upper one too.
+        planes = number.bitwise_xor_(self._sign).view(self._plane)
         apart = planes.as_strided((2, rows, inputs), (1, 2 * inputs, 2))
         return apart.reshape(2 * rows, inputs), scale
 
     def multiply(self, rows: Tensor, packed: Any) -> Tensor:
         weight, scale, zero = packed
         product: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-            rows, 1.0, 0, weight, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+            rows, 1.0, self._zero, weight, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return product
 
@@ -242,7 +251,9 @@ class IntegerMatrix:
 def integer_kernel() -> IntegerKernel:
     """The faster one that this CPU has."""
     has_onednn = "onednn" in torch.backends.quantized.supported_engines
-    return OneDnn() if has_onednn and torch.cpu._is_vnni_supported() else Fbgemm()
+    if has_onednn and torch.cpu._is_vnni_supported():
+        return OneDnn(signed=torch.cpu._is_amx_tile_supported())
+    return Fbgemm()
 
 
 @functools.cache
