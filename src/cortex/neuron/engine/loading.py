@@ -21,7 +21,7 @@ from cortex.neuron.engine.paged import PAGE
 from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.engine.runner import CudaOptions, Runner, load_runner
 from cortex.neuron.engine.scheduler import Scheduler
-from cortex.neuron.engine.threads import best_threads
+from cortex.neuron.engine.threads import PROMPT, best_threads
 from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.nn.parallel import RankGone, RankSilent
 from cortex.neuron.nn.placement import Dtype, Placement, Share
@@ -64,7 +64,7 @@ def load_model(order: Load, channel: Channel, ranks: Ranks) -> Runner:
         )
         torch.set_num_threads(order.threads)
         if order.world == 1 and placement.device.type == "cpu":
-            best = best_threads(runner, order.threads)
+            best = best_threads(runner, order.threads, min(PROMPT, order.context))
             runner.most_threads = best if best < order.threads else None
             torch.set_num_threads(best)
     except RankSilent as silent:

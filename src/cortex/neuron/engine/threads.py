@@ -15,10 +15,12 @@ import torch
 from cortex.neuron.nn.plan import Segment, StepPlan
 
 STEPS: Final = 5
-ENOUGH_S: Final = 0.5
+ENOUGH_S: Final = 0.2
 """A count of threads is not tried for longer."""
-GAIN: Final = 0.95
-"""Fewer threads are taken only if they are so much faster: prefill wants all of them."""
+GAIN: Final = 0.9
+"""Fewer threads are looked at only if they decode so much faster: two measurements are never the same."""
+PROMPT: Final = 16
+"""Tokens of the prefill by which those are judged too."""
 
 
 class Computes(Protocol):
@@ -28,24 +30,35 @@ class Computes(Protocol):
 def best_threads(
     runner: Computes,
     most: int,
+    prompt: int = PROMPT,
     *,
     clock: Callable[[], float] = time.perf_counter,
     set_threads: Callable[[int], None] = torch.set_num_threads,
 ) -> int:
-    """The count in {most, most/2, most/4, ...} with which one token is decoded fastest."""
-    best, shortest = most, float("inf")
-    count = most
-    while count >= 1:
-        set_threads(count)
-        took = _step_seconds(runner, clock)
-        if took < shortest * (GAIN if count < most else 1):
-            best, shortest = count, took
-        count //= 2
-    return best
+    """The count in {most, most/2, most/4, ...} for which the product of two times is smallest: of one token
+    that is decoded, and of `prompt` tokens of prefill, which want more threads than a token can feed.
+    """
+
+    def times(counts: list[int], tokens: int) -> dict[int, float]:
+        found = {}
+        for count in counts:
+            set_threads(count)
+            found[count] = _step_seconds(runner, tokens, clock)
+        return found
+
+    counts = [most]
+    while counts[-1] > 1:
+        counts.append(counts[-1] // 2)
+    decode = times(counts, 1)
+    worthy = [most, *(count for count in counts[1:] if decode[count] < GAIN * decode[most])]
+    if len(worthy) == 1:
+        return most
+    prefill = times(worthy, prompt)
+    return min(worthy, key=lambda count: decode[count] * prefill[count])
 
 
-def _step_seconds(runner: Computes, clock: Callable[[], float]) -> float:
-    plan = StepPlan([0], [Segment(0, 1, [(0, 1)], slot=0)], [0])
+def _step_seconds(runner: Computes, tokens: int, clock: Callable[[], float]) -> float:
+    plan = StepPlan([0] * tokens, [Segment(0, tokens, [(0, tokens)], slot=0)], [tokens - 1])
     runner.logits(plan)  # the first one warms caches and starts threads
     shortest = float("inf")
     began = clock()
