@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cortex.neuron.nn import matrix as forms
-from cortex.neuron.nn.matrix import Fbgemm, HalfMatrix, IntegerKernel, IntegerMatrix, OneDnn, pack
+from cortex.neuron.nn.matrix import (
+    Fbgemm,
+    HalfMatrix,
+    IntegerKernel,
+    IntegerMatrix,
+    OneDnn,
+    StackedMatrix,
+    pack,
+)
 from cortex.neuron.nn.packing import integer_bytes, most_bytes, packed_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated
@@ -255,6 +263,43 @@ def test_the_weight_is_not_changed_by_packing_it(kernel: IntegerKernel) -> None:
     for planes in (1, 2):
         IntegerMatrix(weight, None, planes, kernel)
     assert torch.equal(weight, before)
+
+
+# --- large matrices in parts ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["packed16", "int8"])
+@pytest.mark.parametrize("outputs", [63, 64, 65, 128, 300])
+def test_a_matrix_in_parts_is_the_matrix(dtype: str, outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = random(5, 72), random(outputs, 72, seed=2), random(outputs, seed=3)
+    monkeypatch.setattr(forms, "FEW_WEIGHTS", 0)
+    whole = [pack(weight, given, dtype) for given in (None, bias)]
+    monkeypatch.setattr(forms, "PART", 100 * 72)
+    parts = [pack(weight, given, dtype) for given in (None, bias)]
+    assert isinstance(parts[0], StackedMatrix) is (outputs > 100)
+    for a, b in zip(whole, parts, strict=True):
+        assert torch.equal(a(x), b(x))
+        assert b.nbytes <= most_bytes(72, outputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["packed16", "int8"])
+def test_of_a_large_matrix_no_more_than_a_part_is_staged(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "PART", 2**16)
+    staged = forms.staged_bytes(2**16, 64, dtype)
+    assert staged == forms.staged_bytes(2**10, 64, dtype)
+    read: list[int] = []
+
+    class Rows:
+        shape = (2**16, 64)
+
+        def __getitem__(self, rows: slice) -> Tensor:
+            start, stop, _ = rows.indices(self.shape[0])
+            read.append(stop - start)
+            return torch.ones(stop - start, 64)
+
+    pack(Rows(), None, dtype)
+    assert sum(read) == 2**16
+    assert max(read) * 64 <= forms.PART
 
 
 # --- bytes and choices ----------------------------------------------------------------------------

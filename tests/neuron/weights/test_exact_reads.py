@@ -267,7 +267,7 @@ def check(exact: dict[str, Any], naive: dict[str, Any], path: Path, spare: int =
 @pytest.mark.slow
 def test_a_rank_reads_its_share_and_touches_no_page_besides(small: Path) -> None:
     exact = measured(small, 1, "exact")
-    check(exact, measured(small, 1, "naive"), small, spare=2**21)
+    check(exact, measured(small, 1, "naive"), small, spare=2**23)  # some chunks
 
 
 @pytest.mark.long

@@ -58,13 +58,14 @@ def run(sock: socket.socket, links: Iterable[socket.socket] = ()) -> None:
         if not isinstance(order, Load):
             raise PeerGone(f"the first order was {type(order).__name__}, not Load")
         ranks = _ranks(order, links)
+        heap.keep_buffers()
         try:
             runner = load_model(order, channel, ranks)
         except LoadFailed as error:
             channel.send(LoadRefused(code=error.code, message=error.message))
             return
         heap.settle()
-        heap.keep_buffers()
+        heap.trim()
         channel.send(Ready(weight_bytes=runner.weight_bytes, cache_bytes=runner.cache_bytes))
         try:
             if order.rank:

@@ -21,8 +21,6 @@ FOUR: Final = 4
 """Inputs of one output that lie side by side."""
 SAMPLE: Final = 128
 """Outputs by which is judged whether a matrix would look another way in another layout."""
-MOST: Final = 2**27
-"""Weights of the largest matrix that is looked into: beyond are output heads, and a model has one."""
 
 
 class BlockedMatrix:
@@ -78,7 +76,7 @@ def known(packed: Tensor, weight: Tensor) -> bool:
     outputs, inputs = weight.shape
     tiles = -(-outputs // TILE), -(-inputs // TILE)
     expected = tiles[0] * TILE * (tiles[1] * TILE + 4)
-    if weight.numel() > MOST or torch.ops.mkldnn._nbytes(packed) != expected:
+    if torch.ops.mkldnn._nbytes(packed) != expected:
         return False
     return tells_places_apart(weight) and BlockedMatrix(packed, outputs, inputs).holds(weight.contiguous())
 

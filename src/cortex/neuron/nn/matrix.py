@@ -8,7 +8,8 @@ So a row's result never depends on its batch mates. Knows nothing of layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 from weakref import WeakValueDictionary
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from cortex.neuron.nn import blocked
 from cortex.neuron.nn.blocked import TILE
 from cortex.neuron.nn.filling import Rows
-from cortex.neuron.nn.packing import integer_bytes, packed_bytes
+from cortex.neuron.nn.packing import integer_bytes, packed_bytes, round_up
 
 # Tensors, as a number would be made into one at every call.
 _TINY: Final = torch.tensor(1e-30)
@@ -28,8 +29,11 @@ _LOW_SIGN: Final = torch.tensor(128, dtype=torch.int16)
 _HIGH_SIGN: Final = torch.tensor(-32768, dtype=torch.int16)
 FEW_WEIGHTS: Final = 5_000_000
 """Up to so many, splitting and joining two planes costs a decode step more than their product saves."""
-RUN: Final = 2**17
+RUN: Final = 2**19
 """Weights that are packed at a time: few enough for the caches with all that is made of them on the way."""
+PART: Final = 2**25
+"""More weights than this are packed as several matrices, so that what is made on the way stays small, all
+threads of a load have work, and of an integer kernel's own slow packing there is one part."""
 
 
 class Matrix(Protocol):
@@ -262,15 +266,60 @@ def has_matrix_unit() -> bool:
     return torch.cpu._is_amx_tile_supported() and isinstance(integer_kernel(), OneDnn)
 
 
+class StackedMatrix:
+    """Parts of a large matrix, each with outputs of its own."""
+
+    def __init__(self, parts: Sequence[Matrix]) -> None:
+        self._parts = parts
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self._parts], 1)
+
+
+class _Slice:
+    """Some rows of rows."""
+
+    def __init__(self, rows: Rows, first: int, last: int) -> None:
+        self._rows = rows
+        self._first = first
+        self.shape = (last - first, *rows.shape[1:])
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self._rows[self._first + start : self._first + stop]
+
+
 def pack(weight: Rows, bias: Tensor | None, dtype: str) -> Matrix:
     """The matrix in the form that `dtype` (`packed16` or `int8`) means on this CPU."""
+    outputs, inputs = weight.shape
+    step = _part_outputs(outputs, inputs)
+    if step == outputs:
+        return _pack(weight, bias, dtype)
+    edges = [*range(0, outputs, step), outputs]
+    return StackedMatrix(
+        [
+            _pack(_Slice(weight, first, last), None if bias is None else bias[first:last], dtype)
+            for first, last in itertools.pairwise(edges)
+        ]
+    )
+
+
+def _pack(weight: Rows, bias: Tensor | None, dtype: str) -> Matrix:
     outputs, inputs = weight.shape
     planes = _planes(outputs, inputs, dtype)
     return IntegerMatrix(weight, bias, planes, integer_kernel()) if planes else HalfMatrix(weight, bias)
 
 
+def _part_outputs(outputs: int, inputs: int) -> int:
+    """Outputs of each part but the last one, which may have fewer."""
+    parts = -(-outputs * inputs // PART)
+    return outputs if parts == 1 else min(outputs, round_up(-(-outputs // parts), TILE))
+
+
 def staged_bytes(outputs: int, inputs: int, dtype: str) -> int:
     """Most bytes that `pack` takes on the way, beside the finished matrix."""
+    outputs = _part_outputs(outputs, inputs)
     planes = _planes(outputs, inputs, dtype)
     if not planes:
         return 4 * outputs * inputs

@@ -19,8 +19,8 @@ from cortex.neuron.weights.dequant import dequantize
 from cortex.neuron.weights.layout import BLOCKS, TensorInfo
 from cortex.neuron.weights.source import Piece, Source
 
-CHUNK: Final = 2**17
-"""Elements that are dequantised at a time: few enough for the caches, enough to hide the calls."""
+CHUNK: Final = 2**19
+"""Elements that are dequantised at a time: few enough for the caches, enough to hide some thirty calls."""
 
 
 class Stored:
