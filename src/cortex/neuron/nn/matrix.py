@@ -24,9 +24,9 @@ from cortex.neuron.nn.packing import integer_bytes, packed_bytes, round_up
 # Tensors, as a number would be made into one at every call.
 _TINY: Final = torch.tensor(1e-30)
 """Keeps the scale of a row of zeros from being zero."""
-_HALF: Final = torch.tensor(128.0)
-_LOW_SIGN: Final = torch.tensor(128, dtype=torch.int16)
-_HIGH_SIGN: Final = torch.tensor(-32768, dtype=torch.int16)
+_MIDDLE: Final = torch.tensor(128.0 * 256 + 128 + 0.5)
+"""What makes both planes of a number bytes with 128 added, once it is cut off after the point."""
+_SIGNS: Final = torch.tensor(128 * 256 + 128, dtype=torch.int32)
 FEW_WEIGHTS: Final = 5_000_000
 """Up to so many, splitting and joining two planes costs a decode step more than their product saves."""
 RUN: Final = 2**19
@@ -73,15 +73,18 @@ class Packing(Protocol):
 
 
 class IntegerKernel(Protocol):
-    """Exact products of small integers. `base` is what a step of the upper plane of activations is worth."""
+    """Exact products of small integers. `base` is what a step of the upper plane of activations is worth,
+    `steps` how many steps of the lower one the largest activation of a row has.
+    """
 
     base: int
+    steps: int
 
     def begin(self, outputs: int, inputs: int) -> Packing:
         """An empty matrix."""
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 [T, inputs] as lower rows, then upper rows [2T, inputs], and the scale of each row [T, 1]."""
+        """fp32 [T, inputs] as lower rows, then upper rows [2T, inputs], and each row's largest one [T, 1]."""
 
     def multiply(self, rows: Tensor, packed: Any) -> Tensor:
         """Rows as from `split`, any number of them, times the weights and their scale: fp32."""
@@ -114,11 +117,12 @@ class OneDnn:
     """
 
     base = 256
+    steps = 127 * 256
 
     def __init__(self, signed: bool) -> None:
+        self._signed = signed
         self._zero = 0 if signed else 128
         self._plane = torch.int8 if signed else torch.uint8
-        self._sign = _LOW_SIGN if signed else _HIGH_SIGN
         self._known: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()
         """By shape a packed matrix, somewhere in use, whose layout `blocked` can write."""
 
@@ -137,13 +141,13 @@ class OneDnn:
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows, inputs = x.shape
-        scale = torch.add(_TINY, x.abs().amax(-1, True), alpha=1 / (127 * 256))
-        number = x.div(scale).add_(_HALF).round_().to(torch.int16)
-        # The upper byte of number + 128 is the upper plane, the lower one has 128 too many: taken off here,
-        # or added to the upper one too.
-        planes = number.bitwise_xor_(self._sign).view(self._plane)
-        apart = planes.as_strided((2, rows, inputs), (1, 2 * inputs, 2))
-        return apart.reshape(2 * rows, inputs), scale
+        peak = x.abs().amax(-1, True)
+        # A row of zeros becomes whatever NaN is as an integer, which its peak then multiplies by zero.
+        number = torch.add(_MIDDLE, x.div(peak), alpha=self.steps).to(torch.int32)
+        if self._signed:
+            number.bitwise_xor_(_SIGNS)
+        planes = number.view(self._plane).as_strided((2, rows, inputs), (1, 4 * inputs, 4))
+        return planes.reshape(2 * rows, inputs), peak
 
     def multiply(self, rows: Tensor, packed: Any) -> Tensor:
         weight, scale, zero = packed
@@ -163,6 +167,7 @@ class Fbgemm:
     """
 
     base = 127
+    steps = 63 * 127 + 63
 
     def begin(self, outputs: int, inputs: int) -> Packing:
         return _Collected(outputs, inputs, self.pack)
@@ -173,10 +178,10 @@ class Fbgemm:
         return torch.ops.quantized.linear_prepack(tensor, None)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = torch.add(_TINY, x.abs().amax(-1, True), alpha=1 / (63 * 127 + 63))
-        number = x.div(scale).round_()
+        peak = x.abs().amax(-1, True).add_(_TINY)
+        number = x.div(peak).mul_(self.steps).round_()
         upper = number.mul(1 / 127).round_()
-        return torch.cat((number.sub_(upper, alpha=127), upper)), scale
+        return torch.cat((number.sub_(upper, alpha=127), upper)), peak
 
     def multiply(self, rows: Tensor, packed: Any) -> Tensor:
         product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
@@ -234,20 +239,21 @@ class IntegerMatrix:
                 scale[first + at : first + at + len(run)] = fixed.write(run, at)
             for plane in range(planes):
                 packing.put(plane * outputs + first, fixed.planes[plane, :count])
+        scale /= kernel.steps
         self._packed = packing.finish(scale if planes == 1 else torch.cat((scale * 256, scale)))
         self.nbytes = integer_bytes(inputs, outputs, planes)
 
     def __call__(self, x: Tensor) -> Tensor:
         kernel = self._kernel
-        rows, scale = kernel.split(x)
+        rows, peak = kernel.split(x)
         count = x.shape[0]
         both = kernel.multiply(rows, self._packed)
         product = both.narrow(0, 0, count).add_(both.narrow(0, count, count), alpha=kernel.base)
         if self._outputs is None:
-            product.mul_(scale)
+            product.mul_(peak)
         else:
             upper, lower = (product.narrow(1, at, self._outputs) for at in (0, self._outputs))
-            product = torch.add(upper, lower).mul_(scale)
+            product = torch.add(upper, lower).mul_(peak)
         return product if self._bias is None else product.add_(self._bias)
 
 
