@@ -359,19 +359,28 @@ def test_signs_of_planes_make_no_difference() -> None:
 
 @pytest.mark.skipif("onednn" not in ENGINES, reason="this build of torch lacks oneDNN")
 @pytest.mark.parametrize(
-    ("vnni", "amx", "expected"),
+    ("vnni", "amx", "allowed", "expected"),
     [
-        (True, True, {"packed16": (2, OneDnn), "int8": (1, OneDnn)}),
-        (True, False, {"packed16": None, "int8": (1, OneDnn)}),
-        (False, False, {"packed16": None, "int8": (1, Fbgemm)}),
+        (True, True, True, {"packed16": (2, "signed"), "int8": (1, "signed")}),
+        (True, True, False, {"packed16": None, "int8": (1, "unsigned")}),
+        (True, False, False, {"packed16": None, "int8": (1, "unsigned")}),
+        (False, False, False, {"packed16": None, "int8": (1, "fbgemm")}),
     ],
 )
 def test_the_form_follows_from_what_the_cpu_has(
-    vnni: bool, amx: bool, expected: dict[str, tuple[int, type] | None], monkeypatch: pytest.MonkeyPatch
+    vnni: bool,
+    amx: bool,
+    allowed: bool,
+    expected: dict[str, tuple[int, str] | None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def name(kernel: IntegerKernel) -> str:
+        return ("signed" if kernel._signed else "unsigned") if isinstance(kernel, OneDnn) else "fbgemm"
+
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(forms, "IntegerMatrix", lambda w, b, planes, kernel: (planes, type(kernel)))
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: allowed)
+    monkeypatch.setattr(forms, "IntegerMatrix", lambda w, b, planes, kernel: (planes, name(kernel)))
     monkeypatch.setattr(forms, "HalfMatrix", lambda w, b: None)
     few, many = torch.empty(1, forms.FEW_WEIGHTS), torch.empty(1, forms.FEW_WEIGHTS + 1)
     forms.integer_kernel.cache_clear()

@@ -262,14 +262,19 @@ def integer_kernel() -> IntegerKernel:
     """The faster one that this CPU has."""
     has_onednn = "onednn" in torch.backends.quantized.supported_engines
     if has_onednn and torch.cpu._is_vnni_supported():
-        return OneDnn(signed=torch.cpu._is_amx_tile_supported())
+        return OneDnn(signed=_has_amx())
     return Fbgemm()
+
+
+def _has_amx() -> bool:
+    """The CPU has it, and the system lets this process use it."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 @functools.cache
 def has_matrix_unit() -> bool:
     """With AMX, four integer products are several times faster than one in fp32."""
-    return torch.cpu._is_amx_tile_supported() and isinstance(integer_kernel(), OneDnn)
+    return _has_amx() and isinstance(integer_kernel(), OneDnn)
 
 
 class StackedMatrix:
