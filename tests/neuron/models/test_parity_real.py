@@ -43,7 +43,7 @@ PROMPTS: Final = {
         f"Day {day}: we sailed {13 * day % 29 + 4} miles and saw {day * day % 17} islands; "
         f"the wind came from the {('north', 'east', 'south', 'west')[day % 4]}, the mood was "
         f"{('good', 'calm', 'tense')[day % 3]}."
-        for day in range(1, 23)
+        for day in range(1, 17)
     ),
 }
 TIE: Final = 1e-3
@@ -241,7 +241,7 @@ def parity(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_the_prompts_have_five_lengths_and_the_reference_reads_the_file(parity: Parity) -> None:
     lengths = {len(ids) for ids in parity.prompts.values()}
     assert len(lengths) == 5
-    assert max(lengths) > 600
+    assert max(lengths) > 400, "longer than a chunk"
     assert parity.model.config.num_hidden_layers > 0
 
 
