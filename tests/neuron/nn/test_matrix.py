@@ -32,7 +32,7 @@ needs_onednn = pytest.mark.skipif(
     reason="oneDNN's int8 products are exact on CPUs with VNNI only",
 )
 needs_amx = pytest.mark.skipif(
-    "onednn" not in ENGINES or not torch.cpu._is_amx_tile_supported(),
+    "onednn" not in ENGINES or not forms._has_amx(),
     reason="only AMX multiplies signed activations, elsewhere oneDNN's reference code takes minutes",
 )
 needs_fbgemm = pytest.mark.skipif("fbgemm" not in ENGINES, reason="this build of torch lacks FBGEMM")

@@ -30,7 +30,7 @@ class Computes(Protocol):
 def best_threads(
     runner: Computes,
     most: int,
-    prompt: int = PROMPT,
+    prompt: int,
     *,
     clock: Callable[[], float] = time.perf_counter,
     set_threads: Callable[[int], None] = torch.set_num_threads,

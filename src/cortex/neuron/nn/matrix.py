@@ -239,7 +239,7 @@ class IntegerMatrix:
                 scale[first + at : first + at + len(run)] = fixed.write(run, at)
             for plane in range(planes):
                 packing.put(plane * outputs + first, fixed.planes[plane, :count])
-        scale /= kernel.steps
+        scale /= kernel.steps  # so that a row's largest number alone brings its product back
         self._packed = packing.finish(scale if planes == 1 else torch.cat((scale * 256, scale)))
         self.nbytes = integer_bytes(inputs, outputs, planes)
 
@@ -304,34 +304,33 @@ class _Slice:
 def pack(weight: Rows, bias: Tensor | None, dtype: str) -> Matrix:
     """The matrix in the form that `dtype` (`packed16` or `int8`) means on this CPU."""
     outputs, inputs = weight.shape
+    planes = _planes(outputs, inputs, dtype)
     step = _part_outputs(outputs, inputs)
     if step == outputs:
-        return _pack(weight, bias, dtype)
+        return _matrix(weight, bias, planes)
     edges = [*range(0, outputs, step), outputs]
     return StackedMatrix(
         [
-            _pack(_Slice(weight, first, last), None if bias is None else bias[first:last], dtype)
+            _matrix(_Slice(weight, first, last), None if bias is None else bias[first:last], planes)
             for first, last in itertools.pairwise(edges)
         ]
     )
 
 
-def _pack(weight: Rows, bias: Tensor | None, dtype: str) -> Matrix:
-    outputs, inputs = weight.shape
-    planes = _planes(outputs, inputs, dtype)
+def _matrix(weight: Rows, bias: Tensor | None, planes: int) -> Matrix:
     return IntegerMatrix(weight, bias, planes, integer_kernel()) if planes else HalfMatrix(weight, bias)
 
 
 def _part_outputs(outputs: int, inputs: int) -> int:
     """Outputs of each part but the last one, which may have fewer."""
-    parts = -(-outputs * inputs // PART)
-    return outputs if parts == 1 else min(outputs, round_up(-(-outputs // parts), TILE))
+    parts = max(1, -(-outputs * inputs // PART))
+    return min(outputs, round_up(-(-outputs // parts), TILE))
 
 
 def staged_bytes(outputs: int, inputs: int, dtype: str) -> int:
     """Most bytes that `pack` takes on the way, beside the finished matrix."""
-    outputs = _part_outputs(outputs, inputs)
     planes = _planes(outputs, inputs, dtype)
+    outputs = _part_outputs(outputs, inputs)
     if not planes:
         return 4 * outputs * inputs
     copies = 1 if isinstance(integer_kernel(), OneDnn) else 2  # FBGEMM packs from a copy
