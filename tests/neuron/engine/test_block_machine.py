@@ -9,7 +9,7 @@ tokens that its state has seen.
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
@@ -17,23 +17,40 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from cortex.hookspecs import Sampling
-from cortex.neuron.engine import scheduler
+from cortex.neuron.engine import pace, scheduler
 from cortex.neuron.engine.blocks import BlockPool, common
 from cortex.neuron.engine.checkpoints import StateBooks
 from cortex.neuron.engine.messages import Generate, Output
-from cortex.neuron.engine.scheduler import Scheduled, Scheduler
+from cortex.neuron.engine.pace import Pace
+from cortex.neuron.engine.planning import Scheduled
+from cortex.neuron.engine.scheduler import Scheduler
 from cortex.neuron.engine.sequence import Sequence
-from cortex.neuron.nn.plan import NO_SLOT
+from cortex.neuron.nn.plan import NO_SLOT, Segment, StepPlan
 
 VOCAB, STOP = 50, 7
 SPEAKERS = 12
 """More sequences than this are not open at a time."""
 GARBAGE = (-1,)
+LAYERS = 3
 
 
 @pytest.fixture(autouse=True)
 def blocks_are_promised_for_most_of_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "AHEAD", 8)
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "ROUND", 1)
+    monkeypatch.setattr(pace, "FIRST", 5)
+
+
+class Way(NamedTuple):
+    """A chunk on its way through the layers, and what its slot held before."""
+
+    sequence: Sequence
+    plan: StepPlan
+    passed: int
 
 
 class World:
@@ -59,7 +76,7 @@ class World:
         self.made = Scheduler(
             self.pool,
             context=context,
-            prefill_chunk=chunk,
+            pace=Pace(chunk, LAYERS, 40),
             vocab=VOCAB,
             clock=lambda: self.now,
             max_running=running,
@@ -76,6 +93,11 @@ class World:
         """Tokens of sequences that have ended: prompts begin with them, as those of conversations do."""
         self.keys = 0
         self.preempted = self.finished = self.copied = self.hits = 0
+        self.way: Way | None = None
+        self.layered = self.given_up = 0
+        """Chunks that went through the layers in several steps, and that never came through."""
+        self.chance = random.Random(chunk)
+        """Of how long things take."""
 
     # --- what can happen ---
 
@@ -117,6 +139,9 @@ class World:
         else:
             chosen = [tokens[index % len(tokens)] for index in range(len(scheduled.sampled))]
             outputs = self.made.complete(scheduled, [(token, None) for token in chosen])
+            apart = self.chance.random() / 100 * scheduled.apart * scheduled.plan.layers
+            beside = self.chance.random() / 50 * scheduled.beside
+            self.made.took(scheduled, (1 + self.chance.random()) / 100 + beside + apart, apart)
         self.take(outputs)
         counts = self.made.take_counts()
         self.hits += counts.hit
@@ -137,12 +162,16 @@ class World:
                 self.rows[copy.target + index] = content
                 changed.add(copy.target + index)
             self.copied += 1
+        for copy in plan.states:
+            self.slots[copy.target] = self.slots[copy.source]
+            self.resumed += copy.target < self.most
         written: dict[int, tuple[int, ...]] = {}
         ids = iter(plan.ids)
-        for sequence, segment in zip(scheduled.sequences, plan.segments, strict=True):
+        pairs = list(zip(scheduled.sequences, plan.segments, strict=False))
+        for sequence, segment in pairs:
             assert self.open[sequence.key] is sequence
             assert segment.length >= 1
-            rows = [first + index for first, count in segment.runs for index in range(count)]
+            rows = rows_of(segment)
             assert len(set(rows)) == len(rows) == segment.end <= self.context
             for position in range(segment.start, segment.end):
                 assert next(ids) == sequence.tokens[position]
@@ -150,19 +179,59 @@ class World:
                 written[rows[position]] = tuple(sequence.tokens[: position + 1])
         assert next(ids, None) is None
         self.rows |= written
-        self.compute_states(scheduled)
-        for sequence, segment in zip(scheduled.sequences, plan.segments, strict=True):
-            rows = [first + index for first, count in segment.runs for index in range(count)]
-            for position, row in enumerate(rows):
+        self.see(plan, pairs)
+        through = self.pass_layers(scheduled, written)
+        ends = [(sequence.key, segment.end) for sequence, segment in [*pairs, *through]]
+        assert ends == [(sequence.key, end) for sequence, end in scheduled.ends]
+        for sequence, segment in [*pairs, *through]:
+            for position, row in enumerate(rows_of(segment)):
                 assert self.rows.get(row) == tuple(sequence.tokens[: position + 1]), "contents are mixed"
         return changed | set(written)
 
-    def compute_states(self, scheduled: Scheduled) -> None:
+    def pass_layers(
+        self, scheduled: Scheduled, written: dict[int, tuple[int, ...]]
+    ) -> list[tuple[Sequence, Segment]]:
+        """A chunk goes on through its layers: each of them writes its rows, of which nobody else has any, and
+        its slot is neither the one state nor the other until it is through.
+        """
         plan = scheduled.plan
-        for copy in plan.states:
-            self.slots[copy.target] = self.slots[copy.source]
-            self.resumed += copy.target < self.most
-        for sequence, segment in zip(scheduled.sequences, plan.segments, strict=True):
+        self.given_up += self.way is not None and (plan.chunk is not None or not plan.layers)
+        if plan.chunk is not None:
+            self.way = Way(scheduled.sequences[-1], plan.chunk, 0)
+        if not plan.layers:
+            self.way = None
+        if self.way is None:
+            assert not plan.layers
+            assert len(scheduled.sequences) == len(plan.segments)
+            return []
+        sequence, chunk, passed = self.way
+        (segment,) = chunk.segments
+        assert sequence is scheduled.sequences[-1]
+        assert sequence is self.open[sequence.key]
+        assert chunk.ids == sequence.tokens[segment.start : segment.end]
+        own = rows_of(segment)[segment.start :]
+        assert not set(own) & set(written), "two sequences write one row"
+        if not passed:
+            self.see(chunk, [(sequence, segment)])
+        passing = tuple(sequence.tokens[: segment.end])
+        passed += plan.layers
+        assert passed <= LAYERS
+        if passed < LAYERS:
+            self.way = Way(sequence, chunk, passed)
+            self.rows |= dict.fromkeys(own, GARBAGE)
+            written |= dict.fromkeys(own, GARBAGE)
+            self.slots[segment.slot] = GARBAGE
+            return []
+        self.way = None
+        self.layered += plan.layers < LAYERS
+        written |= {row: passing[: position + 1] for position, row in enumerate(own, segment.start)}
+        self.rows |= written
+        self.slots[segment.slot] = passing
+        return [(sequence, segment)]
+
+    def see(self, plan: StepPlan, pairs: list[tuple[Sequence, Segment]]) -> None:
+        """What states go through where a pass begins."""
+        for sequence, segment in pairs:
             assert segment.slot == sequence.slot
             if self.made.states.active:
                 assert 0 <= segment.slot < self.most
@@ -231,6 +300,10 @@ class World:
             self.check()
         assert not self.open
         assert self.pool.held == 0
+
+
+def rows_of(segment: Segment) -> list[int]:
+    return [first + index for first, count in segment.runs for index in range(count)]
 
 
 SHAPES: dict[str, Any] = {
@@ -331,6 +404,7 @@ def test_ten_thousand_steps_of_random_traffic_mix_nothing_and_lose_nothing() -> 
     world = walk(1, 10_000, size=4, context=64, spare=20, caching=True, chunk=8, running=8, wait=None)
     assert world.finished > 500
     assert min(world.preempted, world.copied, world.hits) > 100, "the walk has seen all that there is"
+    assert min(world.layered, 10 * world.given_up) > 100
 
 
 @pytest.mark.slow
@@ -351,9 +425,10 @@ def test_random_traffic_with_states_resumes_from_what_they_have_seen(
     size: int, kept: int, spare: int
 ) -> None:
     world = walk(
-        kept, 3000, size=size, context=64, spare=spare, caching=True, chunk=8, running=8, wait=None, kept=kept
+        kept, 8000, size=size, context=64, spare=spare, caching=True, chunk=8, running=8, wait=None, kept=kept
     )
     assert world.finished > 150
     assert min(10 * world.preempted, world.hits) > 40
     assert world.resumed > 20
+    assert min(world.layered, world.given_up) > 10
     assert world.made.states.kept <= kept

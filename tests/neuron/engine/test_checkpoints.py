@@ -8,7 +8,9 @@ from cortex.hookspecs import Sampling
 from cortex.neuron.engine.blocks import Block, BlockPool, Match
 from cortex.neuron.engine.checkpoints import APART, StateBooks
 from cortex.neuron.engine.messages import Generate
-from cortex.neuron.engine.scheduler import Scheduled, Scheduler
+from cortex.neuron.engine.pace import Pace
+from cortex.neuron.engine.planning import Scheduled
+from cortex.neuron.engine.scheduler import Scheduler
 from cortex.neuron.nn.plan import NO_SLOT, Copy
 
 END = 9
@@ -19,7 +21,7 @@ def scheduler(*, kept: int = 8, running: int = 4, chunk: int = 100, caching: boo
     return Scheduler(
         BlockPool(200, SIZE, caching=caching),
         context=400,
-        prefill_chunk=chunk,
+        pace=Pace(chunk, 1, 1000),
         vocab=100,
         clock=lambda: 0.0,
         max_running=running,
@@ -191,7 +193,7 @@ def test_agents_that_send_their_conversations_again_pay_for_what_is_new(forgets:
     made = Scheduler(
         BlockPool(4000, 16),
         context=6000,
-        prefill_chunk=512,
+        pace=Pace(512, 1, 1000),
         vocab=100,
         clock=lambda: 0.0,
         max_running=8,

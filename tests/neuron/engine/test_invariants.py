@@ -22,6 +22,7 @@ from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.checkpoints import StateBooks
 from cortex.neuron.engine.loading import BLOCK
 from cortex.neuron.engine.messages import Generate
+from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.runner import Runner, load_runner
 from cortex.neuron.engine.scheduler import Scheduler
 from cortex.neuron.nn import matrix
@@ -94,7 +95,7 @@ class Engine:
         self.scheduler = Scheduler(
             BlockPool(rows // BLOCK, BLOCK, caching=caching),
             context=CONTEXT,
-            prefill_chunk=chunk,
+            pace=Pace(chunk, runner.shape.layers, runner.shape.even_context),
             vocab=runner.shape.vocab,
             clock=lambda: 0.0,
             states=StateBooks(8, KEPT, block=BLOCK) if runner.shape.delta is not None else None,
@@ -102,8 +103,8 @@ class Engine:
         )
         self.told: dict[int, Told] = {}
         self.open: set[int] = set()
-        self.moved = 0
-        """Blocks that were copied whole."""
+        self.moved = self.layered = 0
+        """Blocks that were copied whole, and chunks that took several steps for the layers."""
         runner._cache._stored.fill_(float("nan"))
         for slots in runner._states.layers if runner._states is not None else []:
             slots.conv.fill_(float("nan"))
@@ -125,6 +126,7 @@ class Engine:
             return
         self.moved += sum(copy.count == BLOCK for copy in scheduled.plan.copies)
         logits = self._runner.logits(scheduled.plan)
+        self.layered += 0 < scheduled.plan.layers < self._runner.shape.layers
         rows = logits.clone()
         sampled = worker._sample(logits, scheduled.sampled)
         assert sampled is not None, "a row of the cache was read that nobody has written"
@@ -137,6 +139,9 @@ class Engine:
                 self.told[output.key] = told._replace(cached=output.cached_tokens)
             if output.finish:
                 self.open.discard(output.key)
+        # As if a token of a prompt took as long as all who decode: each layer of a chunk gets its own step.
+        apart = scheduled.apart * scheduled.plan.layers / self._runner.shape.layers
+        self.scheduler.took(scheduled, 1.0 + scheduled.beside + apart, apart)
 
     def run(self, *orders: Generate) -> list[Told]:
         for order in orders:
@@ -266,9 +271,11 @@ def test_alone_is_in_a_batch_whose_others_join_leave_and_are_cancelled(
         if strangers and (chance.random() < 0.4 or len(strangers) > 4):
             engine.cancel(chance.choice(strangers))
         # What steps have cost changes how much of a prompt goes into the next one.
-        engine.scheduler.pace.made(chance.random() / 50, chance.randrange(2), chance.choice([0, 100]))
+        spent = {"apart": 10, "layers": chance.choice([0, 1]), "apart_seconds": chance.random()}
+        engine.scheduler.pace.made(chance.randrange(3), chance.choice([0, 30]), chance.random(), **spent)
         engine.step()
     assert others > 1004
+    assert engine.layered > 5
     all_same([engine.told[each.key] for each in mine], [alone(each) for each in mine], case)
 
 

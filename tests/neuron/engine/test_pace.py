@@ -2,90 +2,169 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from cortex.neuron.engine.pace import FIRST, GROW, LEAST, SHRINK, STRETCH, Pace
+from cortex.neuron.engine.pace import FEW, FIRST, JUMP, LEAST, MARGIN, ROUND, STRETCH, Pace
 
-DECODE, FIXED, PREFILL = 0.020, 0.005, 0.0002
-"""Seconds of a step that only decodes, of having a prompt in it at all, and of each of its tokens."""
+LAYERS, EVEN = 30, 3000
+DECODE = 0.030
+"""Seconds in which a full batch decodes; half a batch takes less."""
+HALF_BATCH = 0.020
+WORK = 0.002
+"""Seconds of a token of a long prompt without a context, in all layers."""
 
 
-def run(pace: Pace, steps: int = 30, *, decoding: int = 4, prefill: float = PREFILL) -> int:
-    """Steps on a machine with these costs, each with all that the pace allows; the last budget."""
-    for _ in range(steps):
-        pace.made(DECODE, decoding, 0)
-        tokens = pace.budget(decoding)
-        pace.made(DECODE + FIXED + tokens * prefill, decoding, tokens)
-    return pace.budget(decoding)
+def rest(pace: Pace, decoding: int, seconds: float) -> None:
+    """A step that only decodes."""
+    pace.made(decoding, 0, seconds, apart=0, layers=0, apart_seconds=0)
+
+
+def prefill(pace: Pace, tokens: int = 512, context: int = 0, work: float = WORK) -> None:
+    """A step in which nobody decodes."""
+    amount = pace.work(tokens, context)
+    pace.made(0, amount, amount * work, apart=0, layers=0, apart_seconds=0)
+
+
+def learned(most: int = 512) -> Pace:
+    """What knows the costs above."""
+    pace = Pace(most, LAYERS, EVEN)
+    rest(pace, 8, DECODE)
+    rest(pace, 4, HALF_BATCH)
+    prefill(pace)
+    return pace
+
+
+def long_prompt(
+    pace: Pace, tokens: int, *, work: float = WORK, noise: float = 0.0
+) -> tuple[list[float], int, float]:
+    """A prompt beside four who decode: seconds of every step, its chunks, and the part of the time that its
+    layers got.
+    """
+    chance = random.Random(1)
+
+    def about(seconds: float) -> float:
+        return seconds * (1 + noise * chance.uniform(-1, 1))
+
+    steps, chunks, got, context = [], 0, 0.0, 0
+    while context < tokens:
+        length = pace.chunk(pace.spare(4), tokens - context, context)
+        amount, passed = pace.work(length, context), 0
+        while passed < LAYERS:
+            layers = min(LAYERS - passed, pace.passes(pace.spare(4), amount))
+            decode, apart = about(HALF_BATCH), about(amount * layers * work / LAYERS)
+            pace.made(4, 0, decode, apart=amount, layers=layers, apart_seconds=apart)
+            steps.append(decode + apart)
+            got += apart
+            passed += layers
+        context += length
+        chunks += 1
+    return steps, chunks, got / sum(steps)
 
 
 def test_alone_a_prompt_gets_all_that_a_step_takes() -> None:
-    assert Pace(512).budget(0) == 512
-    learned = Pace(512)
-    run(learned)
-    assert learned.budget(0) == 512
+    assert Pace(512, LAYERS, EVEN).most == 512
 
 
-def test_as_long_as_nothing_is_known_it_gets_little() -> None:
-    pace = Pace(512)
-    assert pace.budget(1) == FIRST
-    pace.made(9.0, 1, FIRST)
-    assert pace.budget(1) == FIRST, "nobody knows yet whether that is long"
-    assert Pace(16).budget(1) == 16
+def test_of_each_number_that_decode_a_step_of_them_alone_comes_first() -> None:
+    pace = Pace(512, LAYERS, EVEN)
+    assert not pace.knows(4)
+    assert pace.spare(4) == 0
+    pace.made(4, 0, DECODE, apart=10, layers=3, apart_seconds=0.1)
+    assert not pace.knows(4), "a chunk of somebody else was in that step"
+    rest(pace, 4, DECODE)
+    assert pace.knows(4)
+    assert not pace.knows(5)
 
 
-def test_a_step_with_a_prompt_in_it_comes_to_take_so_many_times_one_without() -> None:
-    budget = run(Pace(512))
-    assert (DECODE + FIXED + budget * PREFILL) / DECODE == pytest.approx(STRETCH, rel=0.02)
+def test_what_is_left_beside_decode_goes_by_what_a_full_batch_takes() -> None:
+    pace = learned()
+    assert pace.spare(8) == pytest.approx((STRETCH - 1) * DECODE)
+    assert pace.spare(4) == pytest.approx(STRETCH * DECODE - HALF_BATCH)
+    assert pace.spare(6) == pytest.approx((STRETCH - 1) * DECODE), "of six nothing is known yet"
 
 
-@pytest.mark.parametrize(("prefill", "budget"), [(1.0, LEAST), (1e-9, 512)])
-def test_the_budget_has_a_least_and_a_most(prefill: float, budget: int) -> None:
-    assert run(Pace(512), prefill=prefill) == budget
+def test_those_who_have_become_slow_do_not_stop_prefill() -> None:
+    """Their contexts have grown since they decoded alone."""
+    pace = learned()
+    for _ in range(30):
+        pace.made(4, 0, 3 * DECODE, apart=10, layers=1, apart_seconds=0.01)
+    assert pace.spare(4) == pytest.approx(LEAST * 3 * DECODE, rel=0.01)
 
 
-def test_a_most_that_is_smaller_than_the_least_is_never_exceeded() -> None:
-    pace = Pace(3)
-    run(pace, prefill=1.0)
-    assert [pace.budget(decoding) for decoding in (0, 1, 8)] == [3, 3, 3]
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_a_long_prompt_gets_most_of_its_rate_and_lengthens_no_step_by_more_than_it_may(noise: float) -> None:
+    steps, chunks, share = long_prompt(learned(), 6000, noise=noise)
+    assert max(steps) <= STRETCH * DECODE * (1 + noise)
+    assert share > 0.6
+    assert chunks < 6000 / 100, "chunks are long enough to be computed well"
 
 
-def test_it_follows_a_machine_that_becomes_slower_and_forgets_one_bad_step() -> None:
-    pace = Pace(512)
-    before = run(pace)
-    pace.made(10.0, 4, before)
-    assert pace.budget(4) == int(before * SHRINK), "somebody else took the cores"
-    assert run(pace, 10) == pytest.approx(before, rel=0.03)
-    slower = run(pace, prefill=4 * PREFILL)
-    assert (DECODE + FIXED + slower * 4 * PREFILL) / DECODE == pytest.approx(STRETCH, rel=0.05)
+def test_layers_that_cost_more_than_was_thought_are_found_out_within_a_chunk() -> None:
+    slow = 6 * WORK
+    pace = learned()
+    steps, _, _ = long_prompt(pace, 2000, work=slow)
+    assert max(steps[-20:]) <= STRETCH * DECODE * 1.05
+    fast = learned()
+    steps, _, share = long_prompt(fast, 6000, work=WORK / 6)
+    assert share > 0.6
+    assert max(steps) <= STRETCH * DECODE
 
 
-def test_a_chunk_grows_step_by_step() -> None:
-    pace = Pace(512)
-    pace.made(DECODE, 4, 0)
-    pace.made(DECODE, 4, FIRST)
-    assert pace.budget(4) == int(FIRST * GROW)
+def test_one_bad_step_counts_little() -> None:
+    pace, amount = learned(), 100.0
+    before = pace.passes(1.0, amount)
+    pace.made(4, 0, HALF_BATCH, apart=amount, layers=1, apart_seconds=100.0)
+    assert pace.passes(1.0, amount) >= before / JUMP
+    pace = learned()
+    pace.made(4, 0, HALF_BATCH, apart=amount, layers=1, apart_seconds=0.0)
+    assert pace.passes(1.0, amount) <= before * JUMP
 
 
-def test_the_gaps_of_a_full_batch_are_the_measure_for_a_smaller_one() -> None:
-    pace = Pace(512)
-    pace.made(2 * DECODE, 8, 0)
-    budget = run(pace)
-    assert (DECODE + FIXED + budget * PREFILL) / (2 * DECODE) == pytest.approx(STRETCH, rel=0.02)
+def test_as_long_as_nothing_is_known_a_chunk_is_short_and_passes_a_layer() -> None:
+    pace = Pace(512, LAYERS, EVEN)
+    rest(pace, 1, DECODE)
+    assert pace.chunk(pace.spare(1), 6000, 0) <= FIRST
+    assert pace.passes(pace.spare(1), 100.0) == 1
+    assert pace.beside(1.0) is None
+    assert Pace(16, LAYERS, EVEN).chunk(1.0, 6000, 0) == 16
 
 
-def test_the_short_end_of_a_prompt_makes_no_chunk_smaller_but_a_slow_one_does() -> None:
-    pace = Pace(512)
-    before = run(pace)
-    pace.made(DECODE, 4, 3)
-    assert pace.budget(4) == before
-    pace.made(10.0, 4, before // 2)
-    assert pace.budget(4) < before // 2
+def test_chunks_are_alike_and_no_longer_than_what_is_left_or_than_a_step_takes() -> None:
+    pace = learned()
+    seconds = pace.spare(4)
+    usual = pace.chunk(seconds, 100_000, 0)
+    assert MARGIN / 4 * seconds < WORK / LAYERS * pace.work(usual, 0) < seconds
+    assert pace.chunk(seconds, usual + 10, 0) == -(-(usual + 10) // 2 // ROUND) * ROUND, (
+        "and not so many and ten"
+    )
+    assert pace.chunk(seconds, 7, 0) == 7
+    assert pace.chunk(1e9, 100_000, 0) == 512
+    assert pace.chunk(1e-9, 100_000, 0) == ROUND
+    assert pace.chunk(seconds, 100_000, 60_000) < usual, "each token costs more there"
+
+
+def test_a_context_makes_prompts_dearer_and_few_tokens_at_a_time_more_so() -> None:
+    pace = learned()
+    assert pace.work(100, EVEN - 50) == pytest.approx(2 * 100)
+    assert pace.work_beside(100, EVEN - 50) == pytest.approx((1 + FEW) * 100)
+    guess = pace.beside(40)
+    assert guess == pytest.approx(40 * WORK), "before it was seen"
+    for _ in range(20):
+        pace.made(4, 40, HALF_BATCH + 40 * 3 * WORK, apart=0, layers=0, apart_seconds=0)
+    assert pace.beside(40) == pytest.approx(40 * 3 * WORK, rel=0.01)
+
+
+def test_a_model_without_attention_has_no_context_to_pay_for() -> None:
+    assert Pace(512, LAYERS, float("inf")).work(100, 5000) == 100
 
 
 def test_a_clock_that_stands_still_breaks_nothing() -> None:
-    pace = Pace(512)
+    pace = Pace(512, LAYERS, EVEN)
+    rest(pace, 4, 0.0)
     for _ in range(3):
-        pace.made(0.0, 1, 0)
-        pace.made(0.0, 1, 100)
-    assert LEAST <= pace.budget(1) <= 512
+        pace.made(4, 10, 0.0, apart=100, layers=2, apart_seconds=0.0)
+        pace.made(0, 10, 0.0, apart=100, layers=2, apart_seconds=0.0)
+        assert pace.passes(pace.spare(4), 10.0) >= 1
+        assert ROUND <= pace.chunk(pace.spare(4), 6000, 0) <= 512

@@ -7,13 +7,15 @@ import pytest
 from cortex.hookspecs import EngineTimings, Sampling, TokenLogprobs
 from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.messages import Generate, Output
-from cortex.neuron.engine.pace import FIRST
-from cortex.neuron.engine.scheduler import MOST_RUNS, Sampled, Scheduled, Scheduler
+from cortex.neuron.engine.pace import Pace
+from cortex.neuron.engine.planning import Scheduled
+from cortex.neuron.engine.scheduler import MOST_RUNS, Sampled, Scheduler
 from cortex.neuron.engine.sequence import Sequence
 from cortex.neuron.nn.plan import Segment
 
 STOP = 9
 SIZE = 4
+LAYERS = 6
 
 
 class Clock:
@@ -27,8 +29,9 @@ class Clock:
 def scheduler(
     clock: Clock | None = None, *, blocks: int = 32, size: int = SIZE, caching: bool = True, **changes: Any
 ) -> Scheduler:
-    settings = {"context": 32, "prefill_chunk": 4, "vocab": 100, **changes}
-    return Scheduler(BlockPool(blocks, size, caching=caching), **settings, clock=clock or Clock())
+    settings = {"context": 32, "vocab": 100, **changes}
+    pace = Pace(settings.pop("prefill_chunk", 4), LAYERS, 1000)
+    return Scheduler(BlockPool(blocks, size, caching=caching), **settings, pace=pace, clock=clock or Clock())
 
 
 def order(
@@ -58,7 +61,15 @@ def said(*tokens: int) -> list[Sampled]:
 def step(made: Scheduler, token: int = 50) -> list[Output]:
     """One whole step in which every sampled row gives `token`."""
     scheduled = planned(made)
-    return made.complete(scheduled, said(*[token] * len(scheduled.sampled)))
+    outputs = made.complete(scheduled, said(*[token] * len(scheduled.sampled)))
+    made.took(scheduled, *costs(scheduled))
+    return outputs
+
+
+def costs(scheduled: Scheduled) -> tuple[float, float]:
+    """Seconds of a step in which decode takes 10 ms and work 1 ms, the way of a chunk apart included."""
+    apart = 0.001 * scheduled.apart * scheduled.plan.layers / LAYERS
+    return 0.010 + 0.001 * scheduled.beside + apart, apart
 
 
 def finish(made: Scheduler, token: int = STOP) -> None:
@@ -217,35 +228,6 @@ def test_a_cancelled_sequence_is_in_no_later_step(steps: int) -> None:
     assert [(part.start, part.length) for part in planned(made).plan.segments] == [(0, 3)]
 
 
-def test_decode_comes_before_prefill_and_prompts_share_the_chunk() -> None:
-    made = scheduler()
-    made.add(order(1, length=2, max_tokens=20))
-    step(made)
-    made.add(order(2, length=3))
-    made.add(order(3, length=6))
-    scheduled = planned(made)
-    assert keys(scheduled) == [1, 2, 3]
-    assert [part.length for part in scheduled.plan.segments] == [1, 3, 1]
-    assert scheduled.plan.wanted == [0, 3]
-    assert (scheduled.decoding, scheduled.prefill) == (1, 4)
-    assert [output.key for output in made.complete(scheduled, said(51, 52))] == [1, 2]
-
-
-def test_beside_those_who_decode_a_prompt_goes_on_by_what_the_pace_allows() -> None:
-    made = scheduler(blocks=300, context=1100, prefill_chunk=512)
-    made.add(order(1, length=2, max_tokens=50))
-    step(made)
-    made.add(order(2, length=1000))
-    assert planned(made).prefill == FIRST, "of the first steps nothing is known"
-    made.pace.made(0.010, 1, 0)
-    made.pace.made(1.0, 1, FIRST)  # far too long beside one who decodes
-    scheduled = planned(made)
-    assert (scheduled.decoding, scheduled.prefill) == (1, FIRST // 2)
-    assert scheduled.sampled == scheduled.sequences[:1]
-    made.cancel(1)
-    assert planned(made).prefill == 512, "nobody decodes"
-
-
 def test_a_sequence_that_has_waited_too_long_is_told_that_it_is_busy() -> None:
     clock = Clock()
     made = scheduler(clock, max_running=1, max_wait_s=5.0)
@@ -293,9 +275,9 @@ def test_those_who_were_not_in_a_broken_step_are_computed_anew() -> None:
     step(made)  # the first one decodes; its next step is full of the two prompts
     made.add(order(2, ids=[60] * 12))
     made.add(order(3, ids=[70] * 12))
-    while (scheduled := planned(made)) and 3 in keys(scheduled):
-        made.complete(scheduled, said(*[50] * len(scheduled.sampled)))
-    assert keys(scheduled) == [1, 2], "the third one runs, and this step has no room for it"
+    step(made)  # which shows what it takes; the two prompts are too long to go along with the next one
+    scheduled = planned(made)
+    assert keys(scheduled) == [1, 2], "the third one runs, and comes after the second one"
     assert [output.key for output in made.fail(scheduled, "why")] == [1, 2]
     scheduled = planned(made)
     assert keys(scheduled) == [3]
@@ -357,9 +339,10 @@ def test_whoever_shares_a_block_only_reads_it() -> None:
     prompt = list(range(20, 29))
     made.add(order(1, ids=prompt, max_tokens=20))
     step(made)
+    step(made)
     made.add(order(2, ids=[*prompt[:8], 70]))
     scheduled = planned(made)
-    assert scheduled.plan.segments[0].runs[0] == (0, 10)
+    assert scheduled.plan.segments[0].runs[0] == (0, 11)
     _, second = scheduled.plan.segments
     assert second.start == 8
     assert second.runs[0] == (0, 8)
@@ -461,6 +444,7 @@ def test_a_smaller_reserve_lets_more_start_and_whoever_came_last_gives_way() -> 
         token = 10 + (token + 1) % 80
         for output in made.complete(scheduled, said(*[token] * len(scheduled.sampled))):
             texts[output.key] += output.ids
+        made.took(scheduled, *costs(scheduled))
     assert gave_way == {2}
     assert made.counts.preempted == 1
     assert [len(text) for text in texts.values()] == [20, 20]

@@ -27,6 +27,7 @@ from cortex.neuron.engine.messages import (
     decode_report,
     frame,
 )
+from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.engine.scheduler import Scheduler
 from cortex.neuron.engine.worker import Loop
@@ -42,6 +43,7 @@ class GatedRunner:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.most_threads: int | None = None
+        self.apart_seconds = 0.0
         self.plans: list[StepPlan] = []
         self.fails: Exception | None = None
         self.value = 1.0
@@ -54,7 +56,8 @@ class GatedRunner:
         assert self._gate.acquire(timeout=10)
         if self.fails is not None:
             raise self.fails
-        logits = torch.zeros(len(plan.wanted), VOCAB)
+        chunk = plan.chunk.wanted if plan.chunk else []  # of one layer, so that it is through at once
+        logits = torch.zeros(len(plan.wanted) + len(chunk), VOCAB)
         logits[:, 7] = self.value
         return logits
 
@@ -81,7 +84,7 @@ class Bench:
         scheduler = Scheduler(
             BlockPool(64, 4),
             context=64,
-            prefill_chunk=4,
+            pace=Pace(4, 1, 1000),
             vocab=VOCAB,
             clock=lambda: self.now,
             max_running=running,
@@ -307,7 +310,7 @@ def test_each_step_tells_what_it_did(wide: Bench) -> None:
     assert (first.prefix_queried_tokens, first.prefix_hit_tokens) == (12, 0)
     assert (first.cache_used_tokens, first.cache_total_tokens) == (2 * 56, 256)
     assert (second.prefill_tokens, second.prefix_queried_tokens) == (4, 0)
-    assert (third.prefill_tokens, third.decode_tokens) == (4, 1)
+    assert (third.prefill_tokens, third.decode_tokens) == (0, 1), "what decode takes is to be known first"
 
 
 def test_a_prompt_that_is_known_is_told_as_a_hit(bench: Bench) -> None:

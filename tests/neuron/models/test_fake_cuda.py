@@ -35,6 +35,13 @@ PLANS = {
         [0, 1, 2, 3],
     ),
     "mixed": StepPlan([1] * 23, [*DECODE, Segment(4, 21, [(40, 4), (50, 21)])], [0, 1, 22]),
+    "chunk": StepPlan(
+        [1, 2],
+        DECODE,
+        [0, 1],
+        chunk=StepPlan([1] * 21, [Segment(4, 21, [(40, 4), (50, 21)])], [20]),
+        layers=1,
+    ),
     "copies": StepPlan(
         [1], [Segment(9, 1, [(20, 10)])], [0], [Copy(0, 20, 4), Copy(4, 24, 4), Copy(10, 40, 2)]
     ),

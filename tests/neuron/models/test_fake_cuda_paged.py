@@ -26,6 +26,13 @@ PLANS = {
     "prefill-after-a-past": StepPlan([1] * 5, [Segment(PAGE, 5, LONG)], [4]),
     "decode": StepPlan([1, 2], [Segment(260, 1, LONG), Segment(3, 1, [(PAGE, 4)])], [0, 1]),
     "mixed": StepPlan([1] * 22, [Segment(260, 1, LONG), Segment(0, 21, [(PAGE, 21)])], [0, 21]),
+    "chunk": StepPlan(
+        [1],
+        [Segment(3, 1, [(PAGE, 4)])],
+        [0],
+        chunk=StepPlan([1] * 5, [Segment(PAGE, 5, LONG)], [4]),
+        layers=1,
+    ),
     "copies": StepPlan([1], [Segment(9, 1, [(PAGE, 10)])], [0], [Copy(0, PAGE, 9)]),
 }
 

@@ -72,6 +72,8 @@ def test_costs_follow_from_the_shape() -> None:
     vectors = 2 * 2 * 64 + 64
     assert shape.weight_bytes("float32") == 4 * (matrices + vectors)
     assert shape.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
+    of_layers = matrices - 2 * 1000 * 64
+    assert shape.even_context == of_layers / (2 * 2 * 8 * 8), "multiplications of each token with each key"
 
 
 def test_16_bit_matrices_are_padded_to_512_inputs_and_16_outputs() -> None:
@@ -150,6 +152,10 @@ HYBRID = {
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
+def test_a_model_whose_layers_all_have_windows_pays_for_no_context() -> None:
+    assert read_shape(huggingface(model_type="mistral", sliding_window=8)).even_context == float("inf")
+
+
 def test_costs_follow_from_the_kinds_of_layers() -> None:
     """Three layers of four have a state instead of keys and values, and matrices of other sizes."""
     shape = read_shape(huggingface(**HYBRID))
@@ -162,6 +168,9 @@ def test_costs_follow_from_the_kinds_of_layers() -> None:
     attention = 64 * (2 * 8 + 2 * 2) * 16 + 8 * 16 * 64 + 10 * 16
     rest = 4 * (3 * 64 * 128 + 2 * 64) + 64 + 2 * 1000 * 64
     assert shape.weight_bytes("float32") == 4 * (3 * delta + attention + rest)
+    met = 3 * (64 * (channels + values) + values * 64)
+    met += 64 * (2 * 8 + 2 * 2) * 16 + 8 * 16 * 64 + 4 * 3 * 64 * 128
+    assert shape.even_context == met / (2 * 8 * 16), "one layer of four attends"
 
 
 def test_experts_cost_each_and_their_router_is_fp32_in_every_form() -> None:
@@ -172,6 +181,8 @@ def test_experts_cost_each_and_their_router_is_fp32_in_every_form() -> None:
     assert shape.weight_bytes("float32") - dense.weight_bytes("float32") == 4 * more
     packed = 5 * (2 * 512 * 96 + 2 * 512 * 64) + 4 * 5 * 64 - (2 * 512 * 256 + 2 * 512 * 64)
     assert shape.weight_bytes("packed16") - dense.weight_bytes("packed16") == packed
+    met = 3 * 64 * (2 * 48 - 128)
+    assert shape.even_context - dense.even_context == met / (2 * 2 * 8 * 8), "a token meets two of five"
 
 
 @pytest.mark.parametrize(

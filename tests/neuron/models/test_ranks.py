@@ -161,6 +161,8 @@ def write(folder: Path, kind: str) -> None:
 
 IDS = torch.randint(0, 199, (400,), generator=torch.Generator().manual_seed(1)).tolist()
 
+EVERY_LAYER = 9
+"""Of any of these models, those that are left."""
 PLANS = {
     "prefill": StepPlan(
         IDS[:50], [Segment(0, 20, [(0, 20)], 0), Segment(0, 30, [(100, 10), (120, 20)], 1)], [*range(50)]
@@ -181,6 +183,16 @@ PLANS = {
         [0, 12],
         [Copy(0, 200, 10), Copy(10, 220, 6)],
         [Copy(KEPT, 2, 1)],
+    ),
+    "a-chunk-passes-a-layer": StepPlan(
+        IDS[200:201],
+        [Segment(81, 1, [(100, 10), (120, 72)], 1)],
+        [0],
+        chunk=StepPlan(IDS[100:140], [Segment(0, 40, [(250, 40)], 3)], [39]),
+        layers=1,
+    ),
+    "a-chunk-is-through": StepPlan(
+        IDS[201:202], [Segment(82, 1, [(100, 10), (120, 73)], 1)], [0], layers=EVERY_LAYER
     ),
     "nothing-wanted": StepPlan(IDS[:5], [Segment(0, 5, [(240, 5)], 3)], []),
     "long": StepPlan(IDS, [Segment(0, 400, [(300, 400)], 4)], [0, 399]),
@@ -368,7 +380,10 @@ def test_ranks_meet_twice_a_layer_and_once_for_the_table(ranks: Any) -> None:
     for name, case in CASES.items():
         layers = 3 if case.folder in TINY else LAYERS
         for rank in ranks[2]:
-            assert Outcome(*rank[name]).sums == dict.fromkeys(PLANS, 2 * layers + 1)
+            expected = dict.fromkeys(PLANS, 2 * layers + 1)
+            expected["a-chunk-passes-a-layer"] += 2 + 1
+            expected["a-chunk-is-through"] += 2 * (layers - 1)
+            assert Outcome(*rank[name]).sums == expected
 
 
 def test_a_fused_tensor_is_its_parts(one_rank: Any) -> None:

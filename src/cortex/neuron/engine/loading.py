@@ -17,6 +17,7 @@ from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.channel import Channel, PeerGone
 from cortex.neuron.engine.checkpoints import StateBooks
 from cortex.neuron.engine.messages import Load, LoadProgress
+from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.paged import PAGE
 from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.engine.runner import CudaOptions, Runner, load_runner
@@ -86,7 +87,7 @@ def make_scheduler(order: Load, shape: ModelShape) -> Scheduler:
     return Scheduler(
         BlockPool(pool_blocks(order), block_size(order), caching=order.prefix_cache),
         context=order.context,
-        prefill_chunk=order.prefill_chunk,
+        pace=Pace(order.prefill_chunk, shape.layers, shape.even_context),
         vocab=shape.vocab,
         clock=time.monotonic,
         max_running=order.max_running,

@@ -1,48 +1,133 @@
-"""How many prompt tokens a step may take on, so that those who decode beside them hardly notice.
+"""How much of prompts a step may take on, so that those who decode beside them hardly notice.
 
 Aims at a time: a step with prefill in it may take so many times what one takes in which a full batch decodes.
-Learns from the steps that were made, and makes the next chunk larger or smaller. Knows no sequences.
+What prefill costs is learned from the steps that were made. Knows no sequences.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
-STRETCH: Final = 2.4
+STRETCH: Final = 2.2
 """What a step with prefill in it may take, in steps in which a full batch decodes."""
+LEAST: Final = 0.5
+"""What prefill gets at least, in passes of those who decode now: they may have become slower than usual."""
 MEMORY: Final = 0.3
-"""Weight of the newest step in what is believed of decode."""
-FIRST: Final = 64
-"""Tokens, as long as nothing is known."""
-LEAST: Final = 8
-"""Tokens: a prompt goes on by this much however slow the steps are."""
-GROW: Final = 1.5
-SHRINK: Final = 0.5
-"""From one step to the next a chunk becomes at most so many times as large."""
+"""Weight of the newest step in what is believed."""
+JUMP: Final = 2.0
+"""A step counts as at most so many times what is believed of prefill, and as no less than that part of it."""
+FIRST: Final = 128
+"""Tokens of a chunk of a long prompt, as long as nothing is known of what they cost."""
+FEW: Final = 3.0
+"""Attention of a few tokens to their context takes each of them so many times what it takes one of many."""
+ROUND: Final = 32
+"""Chunks of long prompts have a multiple of so many tokens: kernels are made anew for each length."""
+MARGIN: Final = 0.9
+"""A chunk is to go through a whole number of layers in so much of the time, as no step is like another."""
 
 
 class Pace:
-    """`most` prompt tokens go into any one step."""
+    """For a model of `layers` layers, of which a step takes at most `most` tokens of prompts at once.
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._chunk = float(FIRST)
-        self._decode: dict[int, float] = {}
+    Beside those who decode, prompts that are short enough share their pass. A long one has a pass of its own,
+    a chunk at a time, and goes through some layers of it in each step (layered prefill, arXiv 2510.08055): a
+    chunk that is large enough to be computed well costs more time than others may be kept waiting.
+
+    Prefill is counted in work: 1 is a token without a context, 2 one with a context of `even` tokens, as
+    attention to them costs as much as all else.
+    """
+
+    def __init__(self, most: int, layers: int, even: float) -> None:
+        self.most: Final = most
+        self.layers: Final = layers
+        self._even = even
+        self._alone: dict[int, float] = {}
         """Seconds of a step that only decodes, by the number of its sequences."""
+        self._decode: dict[int, float] = {}
+        """The same of their pass, also where a chunk passes some layers after it and leaves caches cold."""
+        self._beside: float | None = None
+        """Seconds that work takes in the pass of those who decode."""
+        self._apart: float | None = None
+        """Seconds that work takes in a layer of a pass of its own."""
 
-    def budget(self, decoding: int) -> int:
-        """Prompt tokens for a step in which `decoding` sequences decode."""
-        return min(self._most, int(self._chunk)) if decoding else self._most
+    def work(self, tokens: int, context: int) -> float:
+        """Of a chunk of the tokens that follow `context` others."""
+        return tokens * (1 + (context + tokens / 2) / self._even)
 
-    def made(self, seconds: float, decoding: int, prefill: int) -> None:
-        """A step with so many of each took `seconds`."""
-        if not prefill:
-            known = self._decode.get(decoding, seconds)
-            self._decode[decoding] = known + MEMORY * (seconds - known)
-        elif decoding and self._decode:
-            aim = STRETCH * max(self._decode.values())
-            change = max(SHRINK, min(GROW, aim / seconds)) if seconds > 0 else GROW
-            if change < 1:
-                self._chunk = max(LEAST, min(self._chunk, prefill * change))
-            elif prefill >= int(self._chunk):  # the short end of a prompt says nothing of longer chunks
-                self._chunk = min(self._most, self._chunk * change)
+    def work_beside(self, tokens: int, context: int) -> float:
+        """The same of a few in the pass of those who decode."""
+        return tokens * (1 + FEW * (context + tokens / 2) / self._even)
+
+    def knows(self, decoding: int) -> bool:
+        """Whether it is known what so many that decode take; if not, a step of them alone comes first."""
+        return decoding in self._alone
+
+    def spare(self, decoding: int) -> float:
+        """Seconds that prefill may take in a step in which so many decode."""
+        if not self._alone:
+            return 0.0
+        decode = self._decode.get(decoding, max(self._decode.values()))
+        return max(LEAST * decode, STRETCH * max(self._alone.values()) - decode)
+
+    def beside(self, work: float) -> float | None:
+        """Seconds of so much work in the pass of those who decode; None if that is not known at all."""
+        if self._beside is not None:
+            return work * self._beside
+        return None if self._apart is None else work * self._apart * self.layers
+
+    def chunk(self, seconds: float, piece: int, context: int) -> int:
+        """Tokens of the next chunk of a long prompt, of which `piece` may be computed at once after `context`
+        tokens, where prefill gets so many seconds in a step: as many as go through one layer in that time.
+
+        Chunks are of the same size then, and not a few tokens left over that cost as much as many.
+        """
+        most = FIRST
+        if self._apart is not None:
+            heavy = self._apart * self.work(1, context + self.most // 2)
+            tokens = MARGIN * seconds / heavy
+            slices = max(1, math.ceil(tokens / self.most))
+            most = max(ROUND, _rounded(tokens / slices))
+        most = min(most, self.most)
+        return min(piece, most, _rounded(piece / math.ceil(piece / most)))
+
+    def passes(self, seconds: float, work: float) -> int:
+        """How many layers so much work passes in about so many seconds, one at least."""
+        if self._apart is None:
+            return 1
+        return max(1, int(seconds / (work * self._apart)))
+
+    def made(
+        self, decoding: int, beside: float, seconds: float, *, apart: float, layers: int, apart_seconds: float
+    ) -> None:
+        """A step: the pass of so many that decode, with so much work beside them, took `seconds`; in one of
+        its own, so much work went through so many layers in `apart_seconds`.
+        """
+        if layers:
+            self._apart = _moved(self._apart, apart_seconds, apart * layers)
+        if not decoding:
+            if beside:
+                self._apart = _moved(self._apart, seconds, beside * self.layers)
+        elif not beside:
+            _average(self._decode, decoding, seconds)
+            if not layers:
+                _average(self._alone, decoding, seconds)
+        elif decoding in self._decode:
+            self._beside = _moved(self._beside, seconds - self._decode[decoding], beside)
+
+
+def _rounded(tokens: float) -> int:
+    return math.ceil(tokens / ROUND) * ROUND
+
+
+def _average(known: dict[int, float], key: int, seconds: float) -> None:
+    before = known.get(key, seconds)
+    known[key] = before + MEMORY * (seconds - before)
+
+
+def _moved(known: float | None, seconds: float, work: float) -> float | None:
+    """What is believed of the cost of work, after so much of it took `seconds`."""
+    found = max(0.0, seconds) / work
+    if known is None:
+        return found or None
+    return known + MEMORY * (max(known / JUMP, min(known * JUMP, found)) - known)

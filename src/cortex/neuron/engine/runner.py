@@ -5,6 +5,8 @@ Owns model, cache and device of one rank; knows no sequences and no sampling.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple, cast
 
@@ -16,13 +18,14 @@ from cortex.neuron.engine.graphs import DecodeGraphs
 from cortex.neuron.engine.paged import PAGE, PagedCache
 from cortex.neuron.engine.states import StatePool
 from cortex.neuron.models import registry
+from cortex.neuron.models.decoder import Pass
 from cortex.neuron.models.division import indivisible
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.registry import CausalModel
 from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.nn.placement import Placement
 from cortex.neuron.nn.plan import StepPlan
-from cortex.neuron.nn.step import prepare
+from cortex.neuron.nn.step import Step, prepare
 from cortex.neuron.weights.checkpoint import open_checkpoint
 from cortex.neuron.weights.loader import Report, load
 from cortex.wire.errors import LoadFailed
@@ -50,6 +53,7 @@ class Runner:
         weight_bytes: int,
         graphs: DecodeGraphs | None = None,
         states: StatePool | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -61,6 +65,11 @@ class Runner:
         self.most_threads: int | None = None
         """More CPU threads than this do not make a step faster, if that is known."""
         self._states = states
+        self._way: Pass | None = None
+        """The chunk that goes through the model a few layers a step."""
+        self._clock = clock
+        self.apart_seconds = 0.0
+        """What its layers took in the last step."""
         self.cache_bytes = cache.nbytes + (states.nbytes if states is not None else 0)
         keys, slots = iter(cache.layers), iter(states.layers if states is not None else [])
         self._layers = [
@@ -69,17 +78,50 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
-        """fp32 [wanted, vocab] on the device; the cache then holds the plan's tokens."""
+        """fp32 [wanted, vocab] on the device, those of a chunk that is through last; the cache then holds the
+        tokens of both.
+        """
         if plan.copies:
             self._cache.copy(plan.copies)
         if self._states is not None:
             self._states.copy(plan.states)
             self._states.begin(plan.segments)
+            self._states.begin(plan.chunk.segments if plan.chunk else ())
+        found = [self._at_once(plan)] if plan.ids else []
+        self.apart_seconds = 0.0
+        if plan.chunk:
+            self._way = self._model.begin(self._prepare(plan.chunk))
+        if self._way is not None and plan.layers:
+            found += self._advance(self._way, plan.layers)
+        else:
+            self._way = None
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _advance(self, way: Pass, layers: int) -> list[Tensor]:
+        """A chunk through its next layers; its logits after the last one."""
+        _settle(self.device)
+        began = self._clock()
+        self._model.advance(way, self._layers, layers)
+        through = way.passed == self.shape.layers
+        found = [self._model.end(way)] if through else []
+        _settle(self.device)
+        self.apart_seconds = self._clock() - began
+        if through:
+            self._way = None
+        return found
+
+    def _at_once(self, plan: StepPlan) -> Tensor:
         captured = None if self._graphs is None else self._graphs.logits(plan)
-        if captured is not None:
-            return captured
-        step = prepare(plan, self.device, self._page, self.shape.window)
-        return self._model(step, self._layers)
+        return self._model(self._prepare(plan), self._layers) if captured is None else captured
+
+    def _prepare(self, plan: StepPlan) -> Step:
+        return prepare(plan, self.device, self._page, self.shape.window)
+
+
+def _settle(device: torch.device) -> None:
+    """Wait until the device has done what it was told, so that a clock tells what that takes."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.synchronize(device)
 
 
 def load_runner(

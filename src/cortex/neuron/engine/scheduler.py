@@ -1,4 +1,4 @@
-"""Decides what each step computes: who starts, who decodes, whose prompt goes on, who must give way.
+"""Decides who starts, who runs and who must give way, and takes in what each step has computed.
 
 Owns the sequences and their blocks. Pure: no torch, no socket, the clock is given. A sequence is waiting, or
 running (then it has blocks and is in plans), or gone; preemption takes a running one back to the head of the
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from cortex.hookspecs import TokenLogprobs
 from cortex.neuron.engine.blocks import BlockPool, Match, breaks
 from cortex.neuron.engine.checkpoints import StateBooks
 from cortex.neuron.engine.messages import Generate, Output
 from cortex.neuron.engine.pace import Pace
+from cortex.neuron.engine.planning import Planner, Scheduled
 from cortex.neuron.engine.sequence import Sequence, fault
-from cortex.neuron.nn.plan import NO_SLOT, Copy, Segment, StepPlan, parts
+from cortex.neuron.nn.plan import NO_SLOT, Copy
 
 AHEAD: Final = 256
 """Tokens of its reserve for which a sequence gets blocks at once, so that they lie together. The rest is only
@@ -29,21 +30,6 @@ Sampled = tuple[int, TokenLogprobs | None]
 """A token and what was asked about it."""
 
 
-class Scheduled(NamedTuple):
-    """A plan, the sequence of each of its segments, and the sequence of each of its wanted rows."""
-
-    plan: StepPlan
-    sequences: list[Sequence]
-    sampled: list[Sequence]
-    decoding: int
-    """The first so many sequences decode, one token each."""
-
-    @property
-    def prefill(self) -> int:
-        """Tokens of prompts."""
-        return len(self.plan.ids) - self.decoding
-
-
 class Counts:
     """What has happened since it was last asked."""
 
@@ -52,8 +38,8 @@ class Counts:
 
 
 class Scheduler:
-    """Decode comes before prefill; `context` is the tokens that a sequence may have, `vocab` the first id
-    that is no token, `max_running` how many sequences run at a time.
+    """`context` is the tokens that a sequence may have, `vocab` the first id that is no token, `max_running`
+    how many sequences run at a time.
     """
 
     def __init__(
@@ -61,7 +47,7 @@ class Scheduler:
         pool: BlockPool,
         *,
         context: int,
-        prefill_chunk: int,
+        pace: Pace,
         vocab: int,
         clock: Callable[[], float],
         max_running: int = 8,
@@ -76,7 +62,8 @@ class Scheduler:
         self.pool = pool
         self.states = states or StateBooks()
         pool.on_forget = self.states.forget
-        self.pace = Pace(prefill_chunk)
+        self.pace = pace
+        self._planner = Planner(pace, pool.size)
         self.counts = Counts()
         self._context = context
         self._vocab = vocab
@@ -140,37 +127,24 @@ class Scheduler:
         self._make_room()
         if not self._running:
             return None
-        now = self._clock()
-        decoding = [sequence for sequence in self._running if sequence.in_decode]
-        plan = StepPlan([], [], [], self._copies, self.states.take_copies())
-        scheduled = Scheduled(plan, [], [], len(decoding))
-        self._copies = []
-        for sequence in decoding:
-            self._plan(scheduled, sequence, 1, now)
-        budget = self.pace.budget(len(decoding))
-        for sequence in self._running:
-            if not sequence.in_decode and budget > 0:
-                length = min(sequence.missing, budget, sequence.to_next_mark)
-                budget -= length
-                self._plan(scheduled, sequence, length, now)
-        return scheduled
+        copies, self._copies = self._copies, []
+        return self._planner.plan(self._running, copies, self.states.take_copies(), self._clock())
 
-    def _plan(self, scheduled: Scheduled, sequence: Sequence, length: int, now: float) -> None:
-        plan = scheduled.plan
-        sequence.start(now)
-        start, end = sequence.cached, sequence.cached + length
-        plan.ids.extend(sequence.tokens[start:end])
-        runs = parts(sequence.runs(self.pool.size), 0, end)
-        plan.segments.append(Segment(start, length, runs, sequence.slot))
-        scheduled.sequences.append(sequence)
-        if length == sequence.missing:
-            plan.wanted.append(len(plan.ids) - 1)
-            scheduled.sampled.append(sequence)
+    def took(self, scheduled: Scheduled, seconds: float, apart_seconds: float) -> None:
+        """The step has taken so long, its layers of a chunk apart so much of it; the next ones go by that."""
+        self.pace.made(
+            scheduled.decoding,
+            scheduled.beside,
+            seconds - apart_seconds,
+            apart=scheduled.apart,
+            layers=scheduled.plan.layers,
+            apart_seconds=apart_seconds,
+        )
 
     def complete(self, scheduled: Scheduled, sampled: list[Sampled]) -> list[Output]:
         """The step was computed: `sampled` are the tokens of its wanted rows."""
-        for sequence, segment in zip(scheduled.sequences, scheduled.plan.segments, strict=True):
-            sequence.cached = segment.end
+        for sequence, end in scheduled.ends:
+            sequence.cached = end
             self._learn(sequence)
             if sequence.marks and sequence.marks[0] == sequence.cached:
                 sequence.marks.pop(0)
@@ -346,6 +320,7 @@ class Scheduler:
     def _release(self, sequence: Sequence, *, keep_state: bool = True) -> None:
         """Give its blocks back; what it has computed of a block's beginning stays known too."""
         self._running.remove(sequence)
+        keep_state = not self._planner.drop(sequence) and keep_state
         pool = self.pool
         rest = sequence.cached - sequence.known * pool.size
         if pool.caching and 0 < rest < pool.size:

@@ -71,9 +71,9 @@ class Sequence:
         return len(self.tokens) - self.cached
 
     @property
-    def to_next_mark(self) -> int:
-        """Tokens that may be computed at once."""
-        return self.marks[0] - self.cached if self.marks else self.missing
+    def piece(self) -> int:
+        """Of the missing tokens, those that may be computed at once."""
+        return min(self.missing, self.marks[0] - self.cached) if self.marks else self.missing
 
     @property
     def generated(self) -> int:

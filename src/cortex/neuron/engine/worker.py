@@ -31,10 +31,11 @@ from cortex.neuron.engine.messages import (
     Step,
     Threads,
 )
+from cortex.neuron.engine.planning import Scheduled
 from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.engine.runner import Runner
 from cortex.neuron.engine.sampler import Row, sample
-from cortex.neuron.engine.scheduler import Sampled, Scheduled, Scheduler
+from cortex.neuron.engine.scheduler import Sampled, Scheduler
 from cortex.neuron.engine.sequence import Sequence, Tally
 from cortex.neuron.models import registry
 from cortex.neuron.nn.parallel import RankGone, RankSilent
@@ -176,7 +177,7 @@ class Loop:
         except Exception as error:
             outputs, reason = self._failed(scheduled, error)
         seconds = self._clock() - began
-        self._scheduler.pace.made(seconds, scheduled.decoding, scheduled.prefill)
+        self._scheduler.took(scheduled, seconds, self._runner.apart_seconds)
         self._channel.send(Step(outputs=outputs, done=self._done(scheduled, seconds)))
         if reason is not None:
             self._channel.send(Broken(reason=reason))

@@ -5,7 +5,9 @@ A family says which layers there are. Knows no files.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +24,19 @@ from cortex.neuron.nn.rotary import inverse_frequencies, llama3_scaled, rotation
 from cortex.neuron.nn.step import Step
 
 
+@dataclass(slots=True)
+class Pass:
+    """A step on its way through the layers: hidden [T, hidden], and how many layers are behind it."""
+
+    step: Step
+    rotations: list[Tensor]
+    """Those of each layer's rope."""
+    hidden: Tensor
+    passed: int = 0
+
+
 class Decoder(nn.Module):
-    """[T] packed tokens -> fp32 logits [wanted, vocab].
+    """[T] packed tokens -> fp32 logits [wanted, vocab], at once or some layers at a time.
 
     `layer` makes the layer of an index: called with hidden [T, hidden], the rotations of its heads, the step
     and its cache, it gives the next hidden.
@@ -47,14 +60,30 @@ class Decoder(nn.Module):
 
     def forward(self, step: Step, caches: Sequence[Any]) -> Tensor:
         """`caches` has the KV cache of each layer, or the state of one that has a state."""
-        turns = self._rotations(step)
+        way = self.begin(step)
+        self.advance(way, caches, self._shape.layers)
+        return self.end(way)
+
+    def begin(self, step: Step) -> Pass:
+        """Before the first layer."""
         hidden: Tensor = self.embedding(step.ids)
         if self._shape.embedding_scale is not None:
             hidden.mul_(self._shape.embedding_scale)
-        for layer, rotation, cache in zip(self.layers, turns, caches, strict=True):
-            hidden = layer(hidden, rotation, step, cache)
-        if step.wanted is not None:
-            hidden = hidden.index_select(0, step.wanted)
+        return Pass(step, self._rotations(step), hidden)
+
+    def advance(self, way: Pass, caches: Sequence[Any], layers: int) -> None:
+        """Through the next so many layers, of those that are left."""
+        end = min(way.passed + layers, self._shape.layers)
+        every = zip(self.layers, way.rotations, caches, strict=True)
+        for layer, rotation, cache in itertools.islice(every, way.passed, end):
+            way.hidden = layer(way.hidden, rotation, way.step, cache)
+        way.passed = end
+
+    def end(self, way: Pass) -> Tensor:
+        """After the last layer: fp32 logits [wanted, vocab]."""
+        hidden = way.hidden
+        if way.step.wanted is not None:
+            hidden = hidden.index_select(0, way.step.wanted)
         if not hidden.shape[0]:
             return hidden.new_empty(0, self._shape.vocab)
         hidden = self.norm(hidden)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from cortex.neuron.models.decoder import Pass
     from cortex.neuron.models.shape import ModelShape
     from cortex.neuron.nn.placement import Placement, Share
     from cortex.neuron.nn.step import Step
@@ -60,6 +61,15 @@ class CausalModel(Protocol):
     def __call__(self, step: Step, caches: Sequence[Any]) -> Tensor:
         """Logits of the wanted rows: fp32 [wanted, vocabulary]. `caches` has for each layer the cache of its
         keys and values, a `LayerCache`, or the state that it has instead, a `LayerState`."""
+
+    def begin(self, step: Step) -> Pass:
+        """The same some layers at a time: before the first one."""
+
+    def advance(self, way: Pass, caches: Sequence[Any], layers: int) -> None:
+        """Through the next so many layers, of those that are left."""
+
+    def end(self, way: Pass) -> Tensor:
+        """After the last one: the logits."""
 
 
 def family(architecture: str) -> Family:

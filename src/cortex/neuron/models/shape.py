@@ -5,6 +5,7 @@ Knows no files and no torch: the process that plans loads has it too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Final, Literal
 
@@ -150,6 +151,21 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     def delta_layers(self) -> tuple[int, ...]:
         """The layers that have a state."""
         return tuple(index for index in range(self.layers) if self.kind(index) == "delta")
+
+    @property
+    def even_context(self) -> float:
+        """Tokens of context at which attention to them takes as many multiplications as a token's way through
+        the weights of all layers.
+        """
+        active = 1 if self.experts is None else self.experts.active
+        weights = sum(
+            min(count, active) * inputs * outputs
+            for index in range(self.layers)
+            for count, inputs, outputs in self._matrices(index)
+        )
+        attending = [index for index in self.attention_layers if self.kind(index) != "sliding"]
+        each = 2 * self.heads * self.head_dim  # of queries with keys, and of weights with values
+        return weights / (each * len(attending)) if attending else math.inf
 
     def weight_bytes(self, dtype: str, *, packs: bool = True) -> int:
         """Most bytes of the loaded weights on one device, `dtype` as in `messages.Load`; `packs` says that it

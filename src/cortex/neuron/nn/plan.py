@@ -52,6 +52,10 @@ class Copy(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """`ids` are all segments' tokens one after the other; `wanted` are the rows whose logits count. `copies`
     are of the cache, `states` of slots; a sequence whose first token is among the ids has no state yet.
+
+    A chunk of a long prompt may pass through the model beside that, a few layers a step: it starts with the
+    step that has it as its `chunk`, and goes through `layers` layers in this step. Its logits come after the
+    step's own, once it is through. A step of no such layers gives up what is on its way.
     """
 
     ids: list[int]
@@ -59,6 +63,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     wanted: list[int]
     copies: list[Copy] = []
     states: list[Copy] = []
+    chunk: StepPlan | None = None
+    layers: int = 0
 
     @property
     def positions(self) -> list[int]:
