@@ -416,7 +416,8 @@ def test_random_traffic_over_caches_of_other_shapes(size: int, caching: bool, sp
         size, 1500, size=size, context=40, spare=spare // size, caching=caching, chunk=3, running=3, wait=50.0
     )
     assert world.finished > 20
-    assert caching or not (world.hits or world.copied)
+    assert caching or not world.hits
+    assert world.copied or not spare or size == 16, "blocks were moved together, if nothing else"
 
 
 @pytest.mark.slow

@@ -418,6 +418,28 @@ def test_a_conversation_of_many_turns_beside_others_lies_in_few_runs() -> None:
     assert counts.hit > counts.queried / 2
 
 
+@pytest.mark.parametrize("reserve", [None, 512], ids=["said", "unsaid"])
+@pytest.mark.parametrize("known", [0, 1], ids=["empty", "full"])
+def test_long_replies_side_by_side_lie_in_few_runs(reserve: int | None, known: int) -> None:
+    """In an empty cache and in one that is full of what earlier sequences have left."""
+    made = scheduler(blocks=1024, size=16, context=8192, prefill_chunk=512)
+    for key in range(100, 100 + 20 * known):
+        made.add(order(key, ids=[key - 60] * 1000, max_tokens=4))
+    finish(made)
+    assert made.pool.vacant < 300 if known else made.pool.vacant == 1024
+    for key in range(4):
+        made.add(order(key, length=100, max_tokens=2000, reserve=reserve))
+    most: list[int] = []
+    while not made.idle:
+        scheduled = planned(made)
+        most.append(max(len(segment.runs) for segment in scheduled.plan.segments))
+        made.complete(scheduled, said(*[50] * len(scheduled.sampled)))
+        made.took(scheduled, *costs(scheduled))
+    assert max(most) <= (4 if known else MOST_RUNS)
+    assert sum(most) / len(most) <= (2.5 if known else MOST_RUNS)
+    assert made.counts.preempted == 0
+
+
 # --- room ---
 
 

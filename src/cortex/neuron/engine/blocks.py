@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+TOGETHER: Final = 8
+"""For fewer blocks to lie together nothing is forgotten."""
 Tokens = tuple[int, ...]
 
 
@@ -68,6 +70,11 @@ class BlockPool:
         return self._vacancies + len(self._idle)
 
     @property
+    def vacant(self) -> int:
+        """Blocks that nobody holds and that nothing is known of: taking them costs nobody anything."""
+        return self._vacancies
+
+    @property
     def held(self) -> int:
         return self.blocks - self.available
 
@@ -101,6 +108,7 @@ class BlockPool:
 
     def take(self, count: int, after: Block | None = None) -> list[Block]:
         """Blocks for one holder; in consecutive places where possible, the first one right `after` another.
+        For that up to as many again are forgotten: holes between others would be filled piece by piece.
 
         Raises ValueError if fewer are available.
         """
@@ -115,6 +123,10 @@ class BlockPool:
                 taken.append(self._occupy(place))
                 place += 1
         run = count - len(taken)
+        for _ in range(min(run, len(self._idle)) if run >= TOGETHER else 0):
+            if self._vacant.find(b"\x01" * run) >= 0:
+                break
+            self._forget(next(iter(self._idle)))
         while len(taken) < count:
             run = min(run, count - len(taken))
             first = self._vacant.find(b"\x01" * run)

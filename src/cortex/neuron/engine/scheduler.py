@@ -7,6 +7,7 @@ line, from where it is computed anew, its known blocks excepted.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -23,8 +24,12 @@ from cortex.neuron.nn.plan import NO_SLOT, Copy
 AHEAD: Final = 256
 """Tokens of its reserve for which a sequence gets blocks at once, so that they lie together. The rest is only
 promised: known blocks stay known until it is really needed."""
+PART: Final = 4
+"""Of the blocks that are vacant a sequence may get so large a part ahead, for the same reason, and of those
+that are available so large a part is taken for a while to move a sequence together."""
 MOST_RUNS: Final = 2
-"""A sequence whose known blocks lie in more runs than this has them moved together before it starts."""
+"""A sequence that lies in more runs than this is moved together, before it starts or when it grows: each run
+is looked at by itself in every layer of every step."""
 
 Sampled = tuple[int, TokenLogprobs | None]
 """A token and what was asked about it."""
@@ -223,7 +228,7 @@ class Scheduler:
         pool.hold(chain)
         if partial is not None:
             pool.hold([partial])  # so that taking blocks does not forget it before it is copied
-        wanted = min(total, pool.count_for(len(sequence.tokens) + AHEAD))
+        wanted = min(total, pool.count_for(len(sequence.tokens)) + self._ahead())
         sequence.blocks = [*chain, *pool.take(wanted - len(chain), after=chain[-1] if chain else None)]
         sequence.promised = total - wanted
         sequence.reserved = total
@@ -263,26 +268,33 @@ class Scheduler:
         return self.pool.count_for(min(tokens, self._context))
 
     def _move_together(self, sequence: Sequence) -> None:
-        """Turns of a conversation leave its known blocks scattered, and attention wants them in a row: where
-        nobody else holds them, they are copied to lie together, and stand there for all from now on.
+        """Turns of a conversation and growth leave blocks scattered, and attention wants them in a row: where
+        nobody else holds them, they are copied to lie together, and stand there for all from now on. No
+        chunk of the sequence may be on its way.
         """
         pool, size = self.pool, self.pool.size
         if len(sequence.runs(size)) <= MOST_RUNS:
             return
         # Whoever holds a block holds those before it too, so the ones held by nobody else come last.
         own = [block for block in sequence.blocks if block.holders == 1]
-        if pool.available < len(own):
+        if not breaks(own) or max(pool.vacant, pool.available // PART) < len(own):
             return
         moved = pool.take(len(own))
         if breaks(moved) >= breaks(own):
             pool.release(moved)  # the room that there is lies no less scattered
             return
-        for block, spare in zip(own, moved, strict=True):
-            if block.tokens is not None:
-                self._copies.append(Copy(block.place * size, spare.place * size, size))
+        first = (len(sequence.blocks) - len(own)) * size
+        for start, block, spare in zip(itertools.count(first, size), own, moved, strict=False):
+            if start < sequence.cached:
+                count = min(size, sequence.cached - start)
+                self._copies.append(Copy(block.place * size, spare.place * size, count))
             block.place, spare.place = spare.place, block.place
         pool.release(moved)
         sequence.blocks_changed()
+
+    def _ahead(self) -> int:
+        """Blocks that a sequence gets beyond what it needs now: more where blocks are vacant."""
+        return max(self.pool.count_for(AHEAD), self.pool.vacant // PART)
 
     def _make_room(self) -> None:
         """Give every running sequence blocks for what it may compute next; where there are none left, of
@@ -305,10 +317,12 @@ class Scheduler:
         room = pool.available - others
         if room < 1:
             return False
-        wanted = min(pool.count_for(AHEAD), max(1, sequence.promised), room)
+        # Those that have outgrown what was promised leave most of the room to others.
+        wanted = min(room, self._ahead(), sequence.promised or max(1, room // PART))
         sequence.blocks += pool.take(wanted, after=sequence.blocks[-1])
         sequence.promised = max(0, sequence.promised - wanted)
         sequence.blocks_changed()
+        self._move_together(sequence)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
