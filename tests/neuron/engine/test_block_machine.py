@@ -139,9 +139,9 @@ class World:
         else:
             chosen = [tokens[index % len(tokens)] for index in range(len(scheduled.sampled))]
             outputs = self.made.complete(scheduled, [(token, None) for token in chosen])
-            apart = self.chance.random() / 100 * scheduled.apart * scheduled.plan.layers
-            beside = self.chance.random() / 50 * scheduled.beside
-            self.made.took(scheduled, (1 + self.chance.random()) / 100 + beside + apart, apart)
+            slow, layers = self.chance.random(), scheduled.plan.layers
+            spent = slow / 100 * scheduled.work * layers if layers else (1 + slow) / 100
+            self.made.took(scheduled, spent if layers else spent + slow / 50 * scheduled.work)
         self.take(outputs)
         counts = self.made.take_counts()
         self.hits += counts.hit
@@ -167,7 +167,7 @@ class World:
             self.resumed += copy.target < self.most
         written: dict[int, tuple[int, ...]] = {}
         ids = iter(plan.ids)
-        pairs = list(zip(scheduled.sequences, plan.segments, strict=False))
+        pairs = [] if plan.layers else list(zip(scheduled.sequences, plan.segments, strict=True))
         for sequence, segment in pairs:
             assert self.open[sequence.key] is sequence
             assert segment.length >= 1
@@ -195,22 +195,28 @@ class World:
         its slot is neither the one state nor the other until it is through.
         """
         plan = scheduled.plan
-        self.given_up += self.way is not None and (plan.chunk is not None or not plan.layers)
-        if plan.chunk is not None:
-            self.way = Way(scheduled.sequences[-1], plan.chunk, 0)
         if not plan.layers:
-            self.way = None
-        if self.way is None:
-            assert not plan.layers
+            assert plan.chunk is None
             assert len(scheduled.sequences) == len(plan.segments)
+            live = self.made._planner._way
+            if self.way is not None and live is not None and live.passed:
+                assert live.sequence is self.way.sequence
+                (segment,) = self.way.plan.segments
+                assert not set(rows_of(segment)[segment.start :]) & set(written), (
+                    "two sequences write one row"
+                )
             return []
+        assert not plan.ids
+        if plan.chunk is not None:
+            self.given_up += self.way is not None
+            self.way = Way(scheduled.sequences[0], plan.chunk, 0)
+        assert self.way is not None
         sequence, chunk, passed = self.way
         (segment,) = chunk.segments
-        assert sequence is scheduled.sequences[-1]
+        assert scheduled.sequences == [sequence]
         assert sequence is self.open[sequence.key]
         assert chunk.ids == sequence.tokens[segment.start : segment.end]
         own = rows_of(segment)[segment.start :]
-        assert not set(own) & set(written), "two sequences write one row"
         if not passed:
             self.see(chunk, [(sequence, segment)])
         passing = tuple(sequence.tokens[: segment.end])
@@ -402,8 +408,8 @@ def walk(seed: int, steps: int, **shape: Any) -> World:
 @pytest.mark.slow
 def test_ten_thousand_steps_of_random_traffic_mix_nothing_and_lose_nothing() -> None:
     world = walk(1, 10_000, size=4, context=64, spare=20, caching=True, chunk=8, running=8, wait=None)
-    assert world.finished > 500
-    assert min(world.preempted, world.copied, world.hits) > 100, "the walk has seen all that there is"
+    assert world.finished > 300
+    assert min(2 * world.preempted, world.copied, world.hits) > 100, "the walk has seen all that there is"
     assert min(world.layered, 10 * world.given_up) > 100
 
 

@@ -104,7 +104,7 @@ class Engine:
         self.told: dict[int, Told] = {}
         self.open: set[int] = set()
         self.moved = self.layered = 0
-        """Blocks that were copied whole, and chunks that took several steps for the layers."""
+        """Blocks that were copied whole, and steps in which a chunk passed some layers."""
         runner._cache._stored.fill_(float("nan"))
         for slots in runner._states.layers if runner._states is not None else []:
             slots.conv.fill_(float("nan"))
@@ -126,7 +126,7 @@ class Engine:
             return
         self.moved += sum(copy.count == BLOCK for copy in scheduled.plan.copies)
         logits = self._runner.logits(scheduled.plan)
-        self.layered += 0 < scheduled.plan.layers < self._runner.shape.layers
+        self.layered += scheduled.plan.layers > 0
         rows = logits.clone()
         sampled = worker._sample(logits, scheduled.sampled)
         assert sampled is not None, "a row of the cache was read that nobody has written"
@@ -140,8 +140,9 @@ class Engine:
             if output.finish:
                 self.open.discard(output.key)
         # As if a token of a prompt took as long as all who decode: each layer of a chunk gets its own step.
-        apart = scheduled.apart * scheduled.plan.layers / self._runner.shape.layers
-        self.scheduler.took(scheduled, 1.0 + scheduled.beside + apart, apart)
+        layers = scheduled.plan.layers
+        work = scheduled.work * (layers / self._runner.shape.layers if layers else 1)
+        self.scheduler.took(scheduled, work if layers else 1.0 + work)
 
     def run(self, *orders: Generate) -> list[Told]:
         for order in orders:
@@ -271,11 +272,11 @@ def test_alone_is_in_a_batch_whose_others_join_leave_and_are_cancelled(
         if strangers and (chance.random() < 0.4 or len(strangers) > 4):
             engine.cancel(chance.choice(strangers))
         # What steps have cost changes how much of a prompt goes into the next one.
-        spent = {"apart": 10, "layers": chance.choice([0, 1]), "apart_seconds": chance.random()}
-        engine.scheduler.pace.made(chance.randrange(3), chance.choice([0, 30]), chance.random(), **spent)
+        engine.scheduler.pace.made(1 + chance.randrange(3), chance.choice([0, 30]), chance.random())
+        engine.scheduler.pace.passed(10, 1, chance.random())
         engine.step()
     assert others > 1004
-    assert engine.layered > 5
+    assert engine.layered
     all_same([engine.told[each.key] for each in mine], [alone(each) for each in mine], case)
 
 

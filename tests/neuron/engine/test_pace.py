@@ -18,13 +18,13 @@ WORK = 0.002
 
 def rest(pace: Pace, decoding: int, seconds: float) -> None:
     """A step that only decodes."""
-    pace.made(decoding, 0, seconds, apart=0, layers=0, apart_seconds=0)
+    pace.made(decoding, 0, seconds)
 
 
 def prefill(pace: Pace, tokens: int = 512, context: int = 0, work: float = WORK) -> None:
     """A step in which nobody decodes."""
     amount = pace.work(tokens, context)
-    pace.made(0, amount, amount * work, apart=0, layers=0, apart_seconds=0)
+    pace.made(0, amount, amount * work)
 
 
 def learned(most: int = 512) -> Pace:
@@ -52,9 +52,11 @@ def long_prompt(
         length = pace.chunk(pace.spare(4), tokens - context, context)
         amount, passed = pace.work(length, context), 0
         while passed < LAYERS:
-            layers = min(LAYERS - passed, pace.passes(pace.spare(4), amount))
-            decode, apart = about(HALF_BATCH), about(amount * layers * work / LAYERS)
-            pace.made(4, 0, decode, apart=amount, layers=layers, apart_seconds=apart)
+            decode = about(HALF_BATCH)
+            pace.made(4, 0, decode, alone=False)
+            layers = min(LAYERS - passed, pace.passes(pace.left(4, decode), amount))
+            apart = about(amount * layers * work / LAYERS)
+            pace.passed(amount, layers, apart)
             steps.append(decode + apart)
             got += apart
             passed += layers
@@ -71,8 +73,8 @@ def test_of_each_number_that_decode_a_step_of_them_alone_comes_first() -> None:
     pace = Pace(512, LAYERS, EVEN)
     assert not pace.knows(4)
     assert pace.spare(4) == 0
-    pace.made(4, 0, DECODE, apart=10, layers=3, apart_seconds=0.1)
-    assert not pace.knows(4), "a chunk of somebody else was in that step"
+    pace.made(4, 0, DECODE, alone=False)
+    assert not pace.knows(4), "a chunk of somebody else passed layers in between"
     rest(pace, 4, DECODE)
     assert pace.knows(4)
     assert not pace.knows(5)
@@ -83,13 +85,15 @@ def test_what_is_left_beside_decode_goes_by_what_a_full_batch_takes() -> None:
     assert pace.spare(8) == pytest.approx((STRETCH - 1) * DECODE)
     assert pace.spare(4) == pytest.approx(STRETCH * DECODE - HALF_BATCH)
     assert pace.spare(6) == pytest.approx((STRETCH - 1) * DECODE), "of six nothing is known yet"
+    assert pace.left(8, DECODE * 1.1) == pytest.approx((STRETCH - 1.1) * DECODE), "a slow pass leaves less"
+    assert pace.left(8, DECODE * 10) == pytest.approx(LEAST * DECODE), "but never nothing"
 
 
 def test_those_who_have_become_slow_do_not_stop_prefill() -> None:
     """Their contexts have grown since they decoded alone."""
     pace = learned()
     for _ in range(30):
-        pace.made(4, 0, 3 * DECODE, apart=10, layers=1, apart_seconds=0.01)
+        pace.made(4, 0, 3 * DECODE, alone=False)
     assert pace.spare(4) == pytest.approx(LEAST * 3 * DECODE, rel=0.01)
 
 
@@ -115,10 +119,10 @@ def test_layers_that_cost_more_than_was_thought_are_found_out_within_a_chunk() -
 def test_one_bad_step_counts_little() -> None:
     pace, amount = learned(), 100.0
     before = pace.passes(1.0, amount)
-    pace.made(4, 0, HALF_BATCH, apart=amount, layers=1, apart_seconds=100.0)
+    pace.passed(amount, 1, 100.0)
     assert pace.passes(1.0, amount) >= before / JUMP
     pace = learned()
-    pace.made(4, 0, HALF_BATCH, apart=amount, layers=1, apart_seconds=0.0)
+    pace.passed(amount, 1, 0.0)
     assert pace.passes(1.0, amount) <= before * JUMP
 
 
@@ -152,7 +156,7 @@ def test_a_context_makes_prompts_dearer_and_few_tokens_at_a_time_more_so() -> No
     guess = pace.beside(40)
     assert guess == pytest.approx(40 * WORK), "before it was seen"
     for _ in range(20):
-        pace.made(4, 40, HALF_BATCH + 40 * 3 * WORK, apart=0, layers=0, apart_seconds=0)
+        pace.made(4, 40, HALF_BATCH + 40 * 3 * WORK)
     assert pace.beside(40) == pytest.approx(40 * 3 * WORK, rel=0.01)
 
 
@@ -164,7 +168,7 @@ def test_a_clock_that_stands_still_breaks_nothing() -> None:
     pace = Pace(512, LAYERS, EVEN)
     rest(pace, 4, 0.0)
     for _ in range(3):
-        pace.made(4, 10, 0.0, apart=100, layers=2, apart_seconds=0.0)
-        pace.made(0, 10, 0.0, apart=100, layers=2, apart_seconds=0.0)
+        pace.made(4, 10, 0.0)
+        pace.passed(10, 2, 0.0)
         assert pace.passes(pace.spare(4), 10.0) >= 1
         assert ROUND <= pace.chunk(pace.spare(4), 6000, 0) <= 512

@@ -40,8 +40,9 @@ def plan(made: Scheduler) -> Scheduled:
 def finish(made: Scheduler, scheduled: Scheduled, token: int = 50) -> list[Output]:
     """The step is computed, in the time that it takes."""
     outputs = made.complete(scheduled, [(token, None)] * len(scheduled.sampled))
-    apart = TOKEN * scheduled.apart * scheduled.plan.layers / LAYERS
-    made.took(scheduled, DECODE + TOKEN * (len(scheduled.plan.ids) - scheduled.decoding) + apart, apart)
+    layers = scheduled.plan.layers
+    work = TOKEN * scheduled.work
+    made.took(scheduled, work * layers / LAYERS if layers else DECODE + work)
     return outputs
 
 
@@ -85,27 +86,30 @@ def test_a_short_prompt_goes_along_with_those_who_decode(made: Scheduler) -> Non
     assert [output.key for output in finish(made, scheduled)] == [1, 2]
 
 
-def test_a_long_one_passes_some_layers_in_each_step_and_is_sampled_after_the_last(made: Scheduler) -> None:
+def test_a_long_one_passes_some_layers_at_a_time_and_is_sampled_after_the_last(made: Scheduler) -> None:
+    """Between them the others decode."""
     ask(made, 2, 50)
-    scheduled = plan(made)
-    chunk = scheduled.plan.chunk
-    assert chunk is not None
-    assert [part.length for part in scheduled.plan.segments] == [1]
-    assert (chunk.ids, chunk.segments[0].length, chunk.wanted) == (made._running[1].tokens, 50, [49])
-    assert keys(scheduled) == [1, 2]
-    assert [sequence.key for sequence in scheduled.sampled] == [1]
-    layers = [scheduled.plan.layers]
+    assert keys(step(made)) == [1], "in which it is seen that it is long"
+    layers: list[int] = []
     while sum(layers) < LAYERS:
-        assert [output.key for output in finish(made, scheduled)] == [1]
-        assert made._running[1].cached == scheduled.prefill == 0
         scheduled = plan(made)
-        assert scheduled.plan.chunk is None
+        chunk = scheduled.plan.chunk
+        assert (chunk is None) == bool(layers)
+        if chunk is not None:
+            assert (chunk.ids, chunk.segments[0].length, chunk.wanted) == (made._running[1].tokens, 50, [49])
+        assert keys(scheduled) == [2]
+        assert (scheduled.plan.ids, scheduled.decoding) == ([], 0)
         layers.append(scheduled.plan.layers)
         assert layers[-1] >= 1
+        if sum(layers) < LAYERS:
+            assert (scheduled.sampled, scheduled.prefill) == ([], 0)
+            assert finish(made, scheduled) == []
+            assert made._running[1].cached == 0
+            between = step(made)
+            assert (keys(between), between.plan.layers, between.decoding) == ([1], 0, 1)
     assert len(layers) > 3
-    assert (scheduled.decoding, scheduled.prefill) == (1, 50)
-    assert [sequence.key for sequence in scheduled.sampled] == [1, 2]
-    assert [output.key for output in finish(made, scheduled)] == [1, 2]
+    assert ([sequence.key for sequence in scheduled.sampled], scheduled.prefill) == ([2], 50)
+    assert [output.key for output in finish(made, scheduled)] == [2]
     assert made._running[1].cached == 50
     assert step(made).decoding == 2
 
@@ -113,19 +117,33 @@ def test_a_long_one_passes_some_layers_in_each_step_and_is_sampled_after_the_las
 def test_a_longer_one_takes_chunk_after_chunk(made: Scheduler) -> None:
     ask(made, 2, 1500)
     computed: list[int] = []
+    steps = []
     while sum(computed) < 1500:
         scheduled = step(made)
-        assert 1 in keys(scheduled)[:1], "whoever decodes is in every step"
+        steps.append(scheduled.decoding)
         if scheduled.prefill:
             computed.append(scheduled.prefill)
+    assert set(steps[::2]) == {1}, "whoever decodes has every other step"
+    assert set(steps[1::2]) == {0}
     assert len(computed) > 5
     assert max(computed) - min(computed) < 64
     assert made._running[1].generated == 1
 
 
+def test_after_a_slow_pass_of_those_who_decode_fewer_layers_are_passed(made: Scheduler) -> None:
+    ask(made, 2, 40)
+    passed = []
+    for seconds in (DECODE, 1.5 * DECODE):
+        scheduled = plan(made)
+        made.complete(scheduled, [(50, None)])
+        made.took(scheduled, seconds)
+        passed.append(step(made).plan.layers)
+    assert passed[0] > passed[1] >= 1
+
+
 def test_what_decode_takes_is_found_out_before_a_prompt_goes_along() -> None:
     made = scheduler()
-    ask(made, 1, 5)
+    ask(made, 1, 64)
     step(made)
     ask(made, 2, 5)
     assert keys(step(made)) == [1]
@@ -135,10 +153,10 @@ def test_what_decode_takes_is_found_out_before_a_prompt_goes_along() -> None:
 def test_a_chunk_of_unknown_cost_passes_one_layer() -> None:
     made = scheduler()
     ask(made, 1, 1)
-    made.pace.made(1, 0, DECODE, apart=0, layers=0, apart_seconds=0)
-    finish_first = plan(made)
-    made.complete(finish_first, [(50, None)])
+    made.complete(plan(made), [(50, None)])
+    made.pace.made(1, 0, DECODE)
     ask(made, 2, 1000)
+    step(made)
     scheduled = plan(made)
     assert scheduled.plan.layers == 1
     assert scheduled.plan.chunk is not None
@@ -147,30 +165,39 @@ def test_a_chunk_of_unknown_cost_passes_one_layer() -> None:
 
 def test_short_prompts_pass_a_long_one_that_goes_on_all_the_same(made: Scheduler) -> None:
     ask(made, 2, 40)
+    step(made)
     first = step(made)
     assert first.plan.chunk is not None
     ask(made, 3, 4)
-    scheduled = step(made)
-    assert keys(scheduled) == [1, 3, 2]
-    assert scheduled.plan.layers >= 1
-    assert scheduled.plan.layers < first.plan.layers, "they share the time"
+    assert keys(step(made)) == [1, 3]
+    shared = step(made)
+    assert keys(shared) == [2]
+    assert 1 <= shared.plan.layers < first.plan.layers, "they share the time"
     ask(made, 4, 200)
-    for _ in range(5):
+    for _ in range(4):
         assert 4 not in keys(step(made)), "it is not short, and waits"
 
 
 def test_once_nobody_decodes_the_chunk_passes_what_is_left_of_the_layers(made: Scheduler) -> None:
     ask(made, 2, 1500)
+    step(made)
     scheduled = step(made)
     ask(made, 3, 600)
     made.cancel(1)
-    rest = plan(made)
-    assert rest.plan.layers == LAYERS - scheduled.plan.layers
-    assert keys(rest) == [3, 2]
-    assert [part.length for part in rest.plan.segments] == [512], "others get a whole step besides"
-    finish(made, rest)
+    others = step(made)
+    assert (keys(others), others.prefill) == ([3], 512), "others get a whole step first"
+    rest = step(made)
+    assert (keys(rest), rest.plan.layers) == ([2], LAYERS - scheduled.plan.layers)
     assert made._running[0].cached > 0
     assert step(made).plan.layers == 0
+
+
+def test_alone_a_chunk_does_not_wait_for_anybody(made: Scheduler) -> None:
+    ask(made, 2, 1500)
+    step(made)
+    scheduled = step(made)
+    made.cancel(1)
+    assert step(made).plan.layers == LAYERS - scheduled.plan.layers
 
 
 def test_when_nobody_decodes_short_prompts_go_first_and_the_rest_share_the_step_in_order() -> None:
@@ -188,15 +215,17 @@ def test_when_nobody_decodes_short_prompts_go_first_and_the_rest_share_the_step_
 def test_a_chunk_whose_sequence_is_gone_goes_no_further(made: Scheduler, ends: str) -> None:
     ask(made, 2, 1500)
     step(made)
+    step(made)
     if ends == "cancelled":
         made.cancel(2)
+        assert keys(step(made)) == [1]
     else:
+        step(made)
         broken = plan(made)
-        assert [output.key for output in made.fail(broken, "why")] == [1, 2]
-        ask(made, 1, 5)
-    scheduled = step(made)
-    assert (scheduled.plan.layers, scheduled.plan.chunk) == (0, None)
-    assert keys(scheduled) == [1]
+        assert [output.key for output in made.fail(broken, "why")] == [2], "the other one is computed anew"
+    for _ in range(4):
+        scheduled = step(made)
+        assert (keys(scheduled), scheduled.plan.layers) == ([1], 0)
     ask(made, 3, 1500)
     opened = until(made, lambda each: each.plan.layers)
     assert opened.plan.chunk is not None
@@ -209,6 +238,6 @@ def test_a_beginning_that_comes_through_is_known_to_others(made: Scheduler) -> N
     known = made._running[1].cached
     made.cancel(2)
     ask(made, 2, 300)
-    scheduled = plan(made)
+    scheduled = until(made, lambda each: each.plan.layers)
     assert scheduled.plan.chunk is not None
     assert 0 < known == scheduled.plan.chunk.segments[0].start

@@ -18,6 +18,7 @@ from cortex.neuron.nn.plan import Copy, Segment, StepPlan
 
 DEVICE = torch.device("cuda", 0)
 DECODE = [Segment(9, 1, [(0, 10)]), Segment(3, 1, [(20, 3), (30, 1)])]
+CHUNK = Segment(4, 21, [(40, 4), (50, 21)])
 PLANS = {
     "prefill": StepPlan([1] * 21, [Segment(0, 21, [(0, 21)])], [20]),
     "prefill-after-a-past": StepPlan([1] * 21, [Segment(4, 21, [(0, 4), (10, 6), (20, 15)])], [20]),
@@ -35,13 +36,8 @@ PLANS = {
         [0, 1, 2, 3],
     ),
     "mixed": StepPlan([1] * 23, [*DECODE, Segment(4, 21, [(40, 4), (50, 21)])], [0, 1, 22]),
-    "chunk": StepPlan(
-        [1, 2],
-        DECODE,
-        [0, 1],
-        chunk=StepPlan([1] * 21, [Segment(4, 21, [(40, 4), (50, 21)])], [20]),
-        layers=1,
-    ),
+    "chunk": StepPlan([], [], [], chunk=StepPlan([1] * 21, [CHUNK], [20]), layers=1),
+    "chunk-at-once": StepPlan([], [], [], chunk=StepPlan([1] * 21, [CHUNK], [20]), layers=9),
     "copies": StepPlan(
         [1], [Segment(9, 1, [(20, 10)])], [0], [Copy(0, 20, 4), Copy(4, 24, 4), Copy(10, 40, 2)]
     ),
@@ -63,7 +59,7 @@ def runner(
 def test_every_step_stays_on_the_device(runner: Runner, plan: str) -> None:
     # Without inference mode, in which torch.tensor makes real tensors whatever mode there is.
     logits = inspect.unwrap(Runner.logits)(runner, PLANS[plan])
-    shape = (len(PLANS[plan].wanted), runner.shape.vocab)
+    shape = (1 if plan == "chunk-at-once" else len(PLANS[plan].wanted), runner.shape.vocab)
     assert (logits.shape, logits.dtype, logits.device) == (shape, torch.float32, DEVICE)
 
 

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -131,33 +129,19 @@ def test_sequences_decode_from_a_prefix_that_they_share(tiny: Any, expected: Ten
 def test_a_chunk_that_passes_the_layers_one_by_one_is_one_that_passes_them_at_once(
     tiny: Any, expected: Tensor, computing: Any
 ) -> None:
-    """Another sequence decodes in the same steps; the clock ticks once each time that it is asked."""
+    """Another sequence decodes in between. A new chunk takes the place of one that never came through."""
     made = computing(tiny.directory)
-    runner = made._runner
-    runner._clock = itertools.count().__next__
     made.in_chunks(IDS[:40], [40], [(200, 40)])
-    assert runner.apart_seconds == 0
     chunk = StepPlan(IDS[:60], [Segment(0, 60, [(0, 60)])], [10, 59])
-    for at in range(made.shape.layers):
-        segment = Segment(40 + at, 1, [(200, 41 + at)])
-        plan = StepPlan([IDS[40 + at]], [segment], [0], chunk=None if at else chunk, layers=1)
-        logits = made.logits(plan)
-        rows = [40 + at] if at < made.shape.layers - 1 else [40 + at, 10, 59]
-        assert logits.shape[0] == len(rows)
-        assert (logits - expected[rows]).abs().max() <= 1e-4
-        assert runner.apart_seconds == 1
-
-
-def test_a_step_that_takes_a_chunk_no_further_gives_it_up(
-    tiny: Any, expected: Tensor, computing: Any
-) -> None:
-    made = computing(tiny.directory)
-    decode = [StepPlan([IDS[at]], [Segment(at, 1, [(200, at + 1)])], [0]) for at in range(3)]
-    chunk = StepPlan(IDS[:60], [Segment(0, 60, [(0, 60)])], [59])
-    assert made.logits(msgspec.structs.replace(decode[0], chunk=chunk, layers=1)).shape[0] == 1
-    assert made._runner._way is not None
-    assert (made.logits(decode[1]) - expected[[1]]).abs().max() <= 1e-4
-    assert made._runner._way is None
+    for layers in (1, made.shape.layers - 1):
+        for at in range(layers):
+            logits = made.logits(StepPlan([], [], [], chunk=None if at else chunk, layers=1))
+            assert logits.shape == (0, 199)
+            decode = StepPlan([IDS[40 + at]], [Segment(40 + at, 1, [(200, 41 + at)])], [0])
+            assert (made.logits(decode) - expected[[40 + at]]).abs().max() <= 1e-4
+    assert (made.logits(StepPlan([], [], [], layers=1)) - expected[[10, 59]]).abs().max() <= 1e-4
+    with pytest.raises(ValueError, match="no chunk is on its way"):
+        made.logits(StepPlan([], [], [], layers=1))
 
 
 def test_a_step_without_wanted_rows_gives_none(tiny: Any, computing: Any) -> None:

@@ -31,8 +31,8 @@ class Pace:
     """For a model of `layers` layers, of which a step takes at most `most` tokens of prompts at once.
 
     Beside those who decode, prompts that are short enough share their pass. A long one has a pass of its own,
-    a chunk at a time, and goes through some layers of it in each step (layered prefill, arXiv 2510.08055): a
-    chunk that is large enough to be computed well costs more time than others may be kept waiting.
+    a chunk at a time, and goes through some layers of it between theirs (layered prefill, arXiv 2510.08055):
+    a chunk that is large enough to be computed well costs more time than others may be kept waiting.
 
     Prefill is counted in work: 1 is a token without a context, 2 one with a context of `even` tokens, as
     attention to them costs as much as all else.
@@ -45,7 +45,7 @@ class Pace:
         self._alone: dict[int, float] = {}
         """Seconds of a step that only decodes, by the number of its sequences."""
         self._decode: dict[int, float] = {}
-        """The same of their pass, also where a chunk passes some layers after it and leaves caches cold."""
+        """The same, also where a chunk passes some layers between their passes and leaves caches cold."""
         self._beside: float | None = None
         """Seconds that work takes in the pass of those who decode."""
         self._apart: float | None = None
@@ -64,11 +64,17 @@ class Pace:
         return decoding in self._alone
 
     def spare(self, decoding: int) -> float:
-        """Seconds that prefill may take in a step in which so many decode."""
+        """Seconds that prefill may take for each pass of so many that decode."""
+        return self.left(decoding, self._usual(decoding)) if self._alone else 0.0
+
+    def left(self, decoding: int, seconds: float) -> float:
+        """The same where that pass, and what was beside them in it, has taken `seconds`."""
         if not self._alone:
             return 0.0
-        decode = self._decode.get(decoding, max(self._decode.values()))
-        return max(LEAST * decode, STRETCH * max(self._alone.values()) - decode)
+        return max(LEAST * self._usual(decoding), STRETCH * max(self._alone.values()) - seconds)
+
+    def _usual(self, decoding: int) -> float:
+        return self._decode.get(decoding, max(self._decode.values()))
 
     def beside(self, work: float) -> float | None:
         """Seconds of so much work in the pass of those who decode; None if that is not known at all."""
@@ -97,23 +103,22 @@ class Pace:
             return 1
         return max(1, int(seconds / (work * self._apart)))
 
-    def made(
-        self, decoding: int, beside: float, seconds: float, *, apart: float, layers: int, apart_seconds: float
-    ) -> None:
-        """A step: the pass of so many that decode, with so much work beside them, took `seconds`; in one of
-        its own, so much work went through so many layers in `apart_seconds`.
+    def made(self, decoding: int, beside: float, seconds: float, *, alone: bool = True) -> None:
+        """A pass took `seconds` in which so many decoded, with so much work beside them. `alone`: there are
+        no passes of a long prompt between theirs.
         """
-        if layers:
-            self._apart = _moved(self._apart, apart_seconds, apart * layers)
         if not decoding:
-            if beside:
-                self._apart = _moved(self._apart, seconds, beside * self.layers)
+            self.passed(beside, self.layers, seconds)
         elif not beside:
             _average(self._decode, decoding, seconds)
-            if not layers:
+            if alone:
                 _average(self._alone, decoding, seconds)
         elif decoding in self._decode:
             self._beside = _moved(self._beside, seconds - self._decode[decoding], beside)
+
+    def passed(self, work: float, layers: int, seconds: float) -> None:
+        """So much work went through so many layers in a pass of its own."""
+        self._apart = _moved(self._apart, seconds, work * layers)
 
 
 def _rounded(tokens: float) -> int:

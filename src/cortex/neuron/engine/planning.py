@@ -1,4 +1,4 @@
-"""Puts a step together: who decodes, whose prompt goes along with that, which layers a long one passes.
+"""Puts steps together: who decodes, whose prompt goes along with that, which layers a long prompt passes.
 
 Owns the chunk of a long prompt that is on its way through the layers. Knows neither blocks nor who may run.
 """
@@ -30,10 +30,8 @@ class Scheduled(NamedTuple):
     decoding: int
     prefill: int
     """Tokens of prompts that the step completes."""
-    beside: float
-    """Work, as `Pace` counts it, of prompts in the pass of those who decode."""
-    apart: float
-    """Work of the chunk that goes through `plan.layers` layers."""
+    work: float
+    """Of prompts, as `Pace` counts it."""
 
 
 class _Way(NamedTuple):
@@ -46,19 +44,25 @@ class _Way(NamedTuple):
 
 
 class Planner:
-    """At this pace, with a cache in blocks of `size` tokens."""
+    """At this pace, with a cache in blocks of `size` tokens.
+
+    Steps in which sequences decode take turns with steps in which a long prompt's chunk passes some layers:
+    how many, goes by the time that the former has taken.
+    """
 
     def __init__(self, pace: Pace, size: int) -> None:
         self._pace = pace
         self._size = size
         self._way: _Way | None = None
+        self._others: tuple[int, float] | None = None
+        """The step before was one of the others: how many decoded, and what it took in seconds."""
 
     def drop(self, sequence: Sequence) -> bool:
         """No later step has a part for the sequence. Whether a chunk of it was on its way: of its states,
         those of some layers have seen more than the others then.
         """
-        under_way = self._way is not None and self._way.sequence is sequence
-        if under_way:
+        under_way = self._way is not None and self._way.sequence is sequence and self._way.passed > 0
+        if self._way is not None and self._way.sequence is sequence:
             self._way = None
         return under_way
 
@@ -66,67 +70,77 @@ class Planner:
         """A step of the sequences that run, one at least, after these copies."""
         decoding = [sequence for sequence in running if sequence.in_decode]
         prompts = [sequence for sequence in running if not sequence.in_decode]
-        if self._way is not None:
-            prompts.remove(self._way.sequence)
-        together, chunk = _Pass(self._size, now), _Pass(self._size, now)
+        way = self._way
+        if way is not None and (self._others is not None or running == [way.sequence]):
+            return self._on_the_way(way, len(decoding), copies, states, now)
+        if way is not None:
+            prompts.remove(way.sequence)
+        making = _Pass(self._size, now)
         for sequence in decoding:
-            together.add(sequence, sequence.missing)
-        count = len(decoding)
-        left = self._pace.spare(count)
+            making.add(sequence, sequence.missing)
         if not decoding:
-            self._fill(together, prompts)
-        elif self._pace.knows(count):
-            left = self._share(together, chunk, prompts, left)
-        prefill = len(together.ids) - count
-        layers, apart = 0, 0.0
-        if self._way is not None:
-            sequence, length, passed = self._way
-            apart = self._pace.work(length, sequence.cached)
-            layers = self._pace.layers - passed
-            if decoding:
-                layers = min(layers, self._pace.passes(left, apart))
-            together.sequences.append(sequence)
-            self._way = _Way(sequence, length, passed + layers)
-            if passed + layers == self._pace.layers:
-                self._way = None
-                prefill += length
-                together.ends.append((sequence, sequence.cached + length))
-                if length == sequence.missing:
-                    together.sampled.append(sequence)
-        own = StepPlan(chunk.ids, chunk.segments, chunk.wanted) if chunk.ids else None
-        plan = StepPlan(
-            together.ids, together.segments, together.wanted, copies, states, chunk=own, layers=layers
-        )
+            self._fill(making, prompts)
+        elif self._pace.knows(len(decoding)):
+            self._share(making, prompts, len(decoding))
+        plan = StepPlan(making.ids, making.segments, making.wanted, copies, states)
         work = self._pace.work_beside if decoding else self._pace.work
-        beside = sum(work(part.length, part.start) for part in together.segments[count:])
-        return Scheduled(
-            plan, together.sequences, together.ends, together.sampled, count, prefill, beside, apart
-        )
+        amount = sum(work(part.length, part.start) for part in plan.segments[len(decoding) :])
+        count = len(decoding)
+        prefill = len(plan.ids) - count
+        return Scheduled(plan, making.sequences, making.ends, making.sampled, count, prefill, amount)
 
-    def _fill(self, together: _Pass, prompts: list[Sequence]) -> None:
+    def took(self, scheduled: Scheduled, seconds: float) -> None:
+        """The step has taken so long; the next ones go by that."""
+        if scheduled.plan.layers:
+            self._pace.passed(scheduled.work, scheduled.plan.layers, seconds)
+            self._others = None
+        else:
+            turns = self._way is not None and self._way.passed > 0
+            self._pace.made(scheduled.decoding, scheduled.work, seconds, alone=not turns)
+            self._others = (scheduled.decoding, seconds)
+
+    def _on_the_way(
+        self, way: _Way, decoding: int, copies: list[Copy], states: list[Copy], now: float
+    ) -> Scheduled:
+        """The chunk passes its next layers, all that are left if nobody waits for them."""
+        sequence, length, passed = way
+        work = self._pace.work(length, sequence.cached)
+        layers = self._pace.layers - passed
+        if decoding and self._others is not None:
+            layers = min(layers, self._pace.passes(self._pace.left(*self._others), work))
+        making = _Pass(self._size, now)
+        making.add(sequence, length)
+        chunk = None if passed else StepPlan(making.ids, making.segments, making.wanted)
+        plan = StepPlan([], [], [], copies, states, chunk, layers)
+        if passed + layers < self._pace.layers:
+            self._way = _Way(sequence, length, passed + layers)
+            return Scheduled(plan, [sequence], [], [], 0, 0, work)
+        self._way = None
+        return Scheduled(plan, [sequence], making.ends, making.sampled, 0, length, work)
+
+    def _fill(self, making: _Pass, prompts: list[Sequence]) -> None:
         """Nobody decodes: prompts get all that a step takes, short ones first."""
         most = self._pace.most
         for sequence in sorted(prompts, key=lambda prompt: prompt.piece > most // SHORT):
-            length = min(sequence.piece, most - len(together.ids))
+            length = min(sequence.piece, most - len(making.ids))
             if length:
-                together.add(sequence, length)
+                making.add(sequence, length)
 
-    def _share(self, together: _Pass, chunk: _Pass, prompts: list[Sequence], seconds: float) -> float:
+    def _share(self, making: _Pass, prompts: list[Sequence], decoding: int) -> None:
         """Prompts that are short enough go along with those who decode, and of the others the first one sets
-        out on a way of its own. What is left of the seconds for prefill.
+        out on a way of its own.
         """
+        seconds = self._pace.spare(decoding)
         left = seconds if self._way is None else HALF * seconds
-        kept = seconds - left
         for sequence in prompts:
             cost = self._pace.beside(self._pace.work_beside(sequence.piece, sequence.cached))
             if cost is not None and cost <= left:
                 left -= cost
-                together.add(sequence, sequence.piece)
+                making.add(sequence, sequence.piece)
             elif self._way is None:
                 length = self._pace.chunk(seconds, sequence.piece, sequence.cached)
-                chunk.add(sequence, length)
                 self._way = _Way(sequence, length, 0)
-        return left + kept
+                left = min(left, HALF * seconds)
 
 
 class _Pass:

@@ -5,8 +5,6 @@ Owns model, cache and device of one rank; knows no sequences and no sampling.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple, cast
 
@@ -53,7 +51,6 @@ class Runner:
         weight_bytes: int,
         graphs: DecodeGraphs | None = None,
         states: StatePool | None = None,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -67,9 +64,6 @@ class Runner:
         self._states = states
         self._way: Pass | None = None
         """The chunk that goes through the model a few layers a step."""
-        self._clock = clock
-        self.apart_seconds = 0.0
-        """What its layers took in the last step."""
         self.cache_bytes = cache.nbytes + (states.nbytes if states is not None else 0)
         keys, slots = iter(cache.layers), iter(states.layers if states is not None else [])
         self._layers = [
@@ -78,50 +72,38 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
-        """fp32 [wanted, vocab] on the device, those of a chunk that is through last; the cache then holds the
-        tokens of both.
-        """
+        """fp32 [wanted, vocab] on the device, of a chunk once it is through. The cache holds them then."""
         if plan.copies:
             self._cache.copy(plan.copies)
         if self._states is not None:
             self._states.copy(plan.states)
-            self._states.begin(plan.segments)
-            self._states.begin(plan.chunk.segments if plan.chunk else ())
-        found = [self._at_once(plan)] if plan.ids else []
-        self.apart_seconds = 0.0
-        if plan.chunk:
-            self._way = self._model.begin(self._prepare(plan.chunk))
-        if self._way is not None and plan.layers:
-            found += self._advance(self._way, plan.layers)
+            self._states.begin(plan.chunk.segments if plan.chunk else plan.segments)
+        if plan.layers:
+            found = self._pass_layers(plan)
         else:
-            self._way = None
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def _advance(self, way: Pass, layers: int) -> list[Tensor]:
-        """A chunk through its next layers; its logits after the last one."""
-        _settle(self.device)
-        began = self._clock()
-        self._model.advance(way, self._layers, layers)
-        through = way.passed == self.shape.layers
-        found = [self._model.end(way)] if through else []
-        _settle(self.device)
-        self.apart_seconds = self._clock() - began
-        if through:
-            self._way = None
+            captured = None if self._graphs is None else self._graphs.logits(plan)
+            found = self._model(self._prepare(plan), self._layers) if captured is None else captured
+        if not found.shape[0] and self.device.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.synchronize(
+                self.device
+            )  # nobody reads the outcome, and the loop wants to know how long
         return found
 
-    def _at_once(self, plan: StepPlan) -> Tensor:
-        captured = None if self._graphs is None else self._graphs.logits(plan)
-        return self._model(self._prepare(plan), self._layers) if captured is None else captured
+    def _pass_layers(self, plan: StepPlan) -> Tensor:
+        """The chunk that is on its way, or a new one, through so many layers."""
+        if plan.chunk is not None:
+            self._way = self._model.begin(self._prepare(plan.chunk))
+        way = self._way
+        if way is None:
+            raise ValueError(f"no chunk is on its way, and is to pass {plan.layers} layers")
+        self._model.advance(way, self._layers, plan.layers)
+        if way.passed < self.shape.layers:
+            return way.hidden.new_empty(0, self.shape.vocab)
+        self._way = None
+        return self._model.end(way)
 
     def _prepare(self, plan: StepPlan) -> Step:
         return prepare(plan, self.device, self._page, self.shape.window)
-
-
-def _settle(device: torch.device) -> None:
-    """Wait until the device has done what it was told, so that a clock tells what that takes."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        torch.cuda.synchronize(device)
 
 
 def load_runner(

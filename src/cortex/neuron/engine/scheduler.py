@@ -135,16 +135,9 @@ class Scheduler:
         copies, self._copies = self._copies, []
         return self._planner.plan(self._running, copies, self.states.take_copies(), self._clock())
 
-    def took(self, scheduled: Scheduled, seconds: float, apart_seconds: float) -> None:
-        """The step has taken so long, its layers of a chunk apart so much of it; the next ones go by that."""
-        self.pace.made(
-            scheduled.decoding,
-            scheduled.beside,
-            seconds - apart_seconds,
-            apart=scheduled.apart,
-            layers=scheduled.plan.layers,
-            apart_seconds=apart_seconds,
-        )
+    def took(self, scheduled: Scheduled, seconds: float) -> None:
+        """The step has taken so long."""
+        self._planner.took(scheduled, seconds)
 
     def complete(self, scheduled: Scheduled, sampled: list[Sampled]) -> list[Output]:
         """The step was computed: `sampled` are the tokens of its wanted rows."""

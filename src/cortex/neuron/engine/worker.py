@@ -177,7 +177,7 @@ class Loop:
         except Exception as error:
             outputs, reason = self._failed(scheduled, error)
         seconds = self._clock() - began
-        self._scheduler.took(scheduled, seconds, self._runner.apart_seconds)
+        self._scheduler.took(scheduled, seconds)
         self._channel.send(Step(outputs=outputs, done=self._done(scheduled, seconds)))
         if reason is not None:
             self._channel.send(Broken(reason=reason))

@@ -53,9 +53,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """`ids` are all segments' tokens one after the other; `wanted` are the rows whose logits count. `copies`
     are of the cache, `states` of slots; a sequence whose first token is among the ids has no state yet.
 
-    A chunk of a long prompt may pass through the model beside that, a few layers a step: it starts with the
-    step that has it as its `chunk`, and goes through `layers` layers in this step. Its logits come after the
-    step's own, once it is through. A step of no such layers gives up what is on its way.
+    A step may instead have a chunk of a long prompt pass `layers` layers: a new one, its `chunk`, from the
+    first layer on, or the one that is on its way. Its logits come once it is through.
     """
 
     ids: list[int]
