@@ -9,22 +9,26 @@ from __future__ import annotations
 import math
 from typing import Final
 
-STRETCH: Final = 2.2
+STRETCH: Final = 2.0
 """What a step with prefill in it may take, in steps in which a full batch decodes."""
 LEAST: Final = 0.5
 """What prefill gets at least, in passes of those who decode now: they may have become slower than usual."""
 MEMORY: Final = 0.3
-"""Weight of the newest step in what is believed."""
+"""Weight of the newest step in what is believed of prefill."""
 JUMP: Final = 2.0
 """A step counts as at most so many times what is believed of prefill, and as no less than that part of it."""
+MEMORY_OF_DECODE: Final = 0.1
+JUMP_OF_DECODE: Final = 1.25
+"""The same of decode, whose steps are many: what they usually take is close to their median then, and those
+that somebody else disturbed make it no longer."""
 FIRST: Final = 128
 """Tokens of a chunk of a long prompt, as long as nothing is known of what they cost."""
 FEW: Final = 3.0
 """Attention of a few tokens to their context takes each of them so many times what it takes one of many."""
 ROUND: Final = 32
 """Chunks of long prompts have a multiple of so many tokens: kernels are made anew for each length."""
-MARGIN: Final = 0.9
-"""A chunk is to go through a whole number of layers in so much of the time, as no step is like another."""
+SLICES: Final = 2
+"""Layers, at least, that a chunk should pass at a time: fewer make up for a slow pass of the others then."""
 
 
 class Pace:
@@ -71,7 +75,7 @@ class Pace:
         """The same where that pass, and what was beside them in it, has taken `seconds`."""
         if not self._alone:
             return 0.0
-        return max(LEAST * self._usual(decoding), STRETCH * max(self._alone.values()) - seconds)
+        return max(LEAST * self._usual(decoding), STRETCH * self._alone[max(self._alone)] - seconds)
 
     def _usual(self, decoding: int) -> float:
         return self._decode.get(decoding, max(self._decode.values()))
@@ -91,8 +95,8 @@ class Pace:
         most = FIRST
         if self._apart is not None:
             heavy = self._apart * self.work(1, context + self.most // 2)
-            tokens = MARGIN * seconds / heavy
-            slices = max(1, math.ceil(tokens / self.most))
+            tokens = seconds / heavy
+            slices = max(SLICES, math.ceil(tokens / self.most))
             most = max(ROUND, _rounded(tokens / slices))
         most = min(most, self.most)
         return min(piece, most, _rounded(piece / math.ceil(piece / most)))
@@ -101,7 +105,7 @@ class Pace:
         """How many layers so much work passes in about so many seconds, one at least."""
         if self._apart is None:
             return 1
-        return max(1, int(seconds / (work * self._apart)))
+        return max(1, round(seconds / (work * self._apart)))
 
     def made(self, decoding: int, beside: float, seconds: float, *, alone: bool = True) -> None:
         """A pass took `seconds` in which so many decoded, with so much work beside them. `alone`: there are
@@ -110,9 +114,9 @@ class Pace:
         if not decoding:
             self.passed(beside, self.layers, seconds)
         elif not beside:
-            _average(self._decode, decoding, seconds)
+            _decoded(self._decode, decoding, seconds)
             if alone:
-                _average(self._alone, decoding, seconds)
+                _decoded(self._alone, decoding, seconds)
         elif decoding in self._decode:
             self._beside = _moved(self._beside, seconds - self._decode[decoding], beside)
 
@@ -125,9 +129,10 @@ def _rounded(tokens: float) -> int:
     return math.ceil(tokens / ROUND) * ROUND
 
 
-def _average(known: dict[int, float], key: int, seconds: float) -> None:
-    before = known.get(key, seconds)
-    known[key] = before + MEMORY * (seconds - before)
+def _decoded(known: dict[int, float], count: int, seconds: float) -> None:
+    """What is believed of a pass of so many that decode, after one that took `seconds`."""
+    before = known.get(count, seconds)
+    known[count] = before + MEMORY_OF_DECODE * (_near(seconds, before, JUMP_OF_DECODE) - before)
 
 
 def _moved(known: float | None, seconds: float, work: float) -> float | None:
@@ -135,4 +140,8 @@ def _moved(known: float | None, seconds: float, work: float) -> float | None:
     found = max(0.0, seconds) / work
     if known is None:
         return found or None
-    return known + MEMORY * (max(known / JUMP, min(known * JUMP, found)) - known)
+    return known + MEMORY * (_near(found, known, JUMP) - known)
+
+
+def _near(found: float, known: float, times: float) -> float:
+    return max(known / times, min(known * times, found))

@@ -71,9 +71,10 @@ class Planner:
         decoding = [sequence for sequence in running if sequence.in_decode]
         prompts = [sequence for sequence in running if not sequence.in_decode]
         way = self._way
-        if way is not None and (self._others is not None or running == [way.sequence]):
-            return self._on_the_way(way, len(decoding), copies, states, now)
         if way is not None:
+            layers = self._next_layers(way, running, len(decoding))
+            if layers:
+                return self._on_the_way(way, layers, copies, states, now)
             prompts.remove(way.sequence)
         making = _Pass(self._size, now)
         for sequence in decoding:
@@ -99,15 +100,30 @@ class Planner:
             self._pace.made(scheduled.decoding, scheduled.work, seconds, alone=not turns)
             self._others = (scheduled.decoding, seconds)
 
+    def _next_layers(self, way: _Way, running: list[Sequence], decoding: int) -> int:
+        """How many layers the chunk passes in this step, none if it is the others' turn. That is all that are
+        left if nobody waits for them.
+        """
+        left = self._pace.layers - way.passed
+        if running == [way.sequence]:
+            return left
+        if self._others is None:
+            return 0
+        return (
+            min(left, self._pace.passes(self._pace.left(*self._others), self._work(way)))
+            if decoding
+            else left
+        )
+
+    def _work(self, way: _Way) -> float:
+        return self._pace.work(way.length, way.sequence.cached)
+
     def _on_the_way(
-        self, way: _Way, decoding: int, copies: list[Copy], states: list[Copy], now: float
+        self, way: _Way, layers: int, copies: list[Copy], states: list[Copy], now: float
     ) -> Scheduled:
-        """The chunk passes its next layers, all that are left if nobody waits for them."""
+        """The chunk passes its next layers."""
         sequence, length, passed = way
-        work = self._pace.work(length, sequence.cached)
-        layers = self._pace.layers - passed
-        if decoding and self._others is not None:
-            layers = min(layers, self._pace.passes(self._pace.left(*self._others), work))
+        work = self._work(way)
         making = _Pass(self._size, now)
         making.add(sequence, length)
         chunk = None if passed else StepPlan(making.ids, making.segments, making.wanted)

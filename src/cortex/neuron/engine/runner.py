@@ -72,7 +72,7 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
-        """fp32 [wanted, vocab] on the device, of a chunk once it is through. The cache holds them then."""
+        """fp32 [wanted, vocab] on the device, of a chunk once it is through; the cache has its tokens."""
         if plan.copies:
             self._cache.copy(plan.copies)
         if self._states is not None:
