@@ -88,9 +88,9 @@ class Pace:
 
     def chunk(self, seconds: float, piece: int, context: int) -> int:
         """Tokens of the next chunk of a long prompt, of which `piece` may be computed at once after `context`
-        tokens, where prefill gets so many seconds in a step: as many as go through one layer in that time.
-
-        Chunks are of the same size then, and not a few tokens left over that cost as much as many.
+        tokens, where prefill gets so many seconds in a step: as many as pass SLICES layers in that time, more
+        layers where that is more than a step takes. Chunks are alike: a few tokens that are left over would
+        cost as much as many.
         """
         most = FIRST
         if self._apart is not None:
