@@ -64,7 +64,7 @@ def test_without_a_file_there_are_defaults():
         ('[gatway]\nlisten = "x"', ["gatway", "'gateway'"]),
         ('[[nodes]]\nname = "x"', ["nodes", "[[neurons]]"]),
         ('[[neurons]]\nname = "x"\nendpoint = "http://x"\nvram_mb = 1', ["neurons.vram_mb", "leave it out"]),
-        ("[entitlements]\nrequire_auth = true", ["entitlements", "[[keys]]"]),
+        ('[entitlements]\nrequire_auth = true', ["entitlements", "[[keys]]"]),
         ('[[neurons]]\nname = "x"', ["neurons[0]", "endpoint"]),
         ('[[neurons]]\nname = "x"\nendpoint = "beast:1"', ["neurons.x.endpoint", "http://"]),
         ('[[neurons]]\nname="x"\nendpoint="http://a"\n[[neurons]]\nname="x"\nendpoint="http://b"', ["twice"]),

@@ -39,7 +39,7 @@ class Access:
             return None
         raise Unauthorized(
             "This gateway has no keys and serves clients on its own machine only. To serve others add "
-            "[[keys]] with name and key to cortex.toml, or set gateway.allow_anonymous = true."
+            '[[keys]] with name and key to cortex.toml, or set gateway.allow_anonymous = true.'
         )
 
 

@@ -50,7 +50,9 @@ def runner_of(path: Path, form: str) -> Runner:
     if form not in get_args(Dtype):
         raise ValueError(f"the engine offers no form {form!r}")
     placement = Placement(torch.device("cpu"), form)  # type: ignore[arg-type]
-    return load_runner(path, placement, cache_rows=TOKENS, report=lambda done, total: None, threads=THREADS)
+    return load_runner(
+        path, placement, cache_rows=TOKENS, report=lambda done, total: None, threads=THREADS
+    )
 
 
 def logits_of(runner: Runner, ids: list[int]) -> Tensor:

@@ -46,7 +46,7 @@ def chunks_of_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Way(NamedTuple):
-    """A chunk on its way through the layers, and what its slot held before."""
+    """A chunk on its way through the layers, and how many are behind it."""
 
     sequence: Sequence
     plan: StepPlan

@@ -92,10 +92,11 @@ class Engine:
     def __init__(self, runner: Runner, *, rows: int = ROWS, chunk: int = 512, **settings: Any) -> None:
         self._runner = runner
         caching = settings.pop("caching", True)
+        self.pace = Pace(chunk, runner.shape.layers, runner.shape.even_context)
         self.scheduler = Scheduler(
             BlockPool(rows // BLOCK, BLOCK, caching=caching),
             context=CONTEXT,
-            pace=Pace(chunk, runner.shape.layers, runner.shape.even_context),
+            pace=self.pace,
             vocab=runner.shape.vocab,
             clock=lambda: 0.0,
             states=StateBooks(8, KEPT, block=BLOCK) if runner.shape.delta is not None else None,
@@ -272,8 +273,8 @@ def test_alone_is_in_a_batch_whose_others_join_leave_and_are_cancelled(
         if strangers and (chance.random() < 0.4 or len(strangers) > 4):
             engine.cancel(chance.choice(strangers))
         # What steps have cost changes how much of a prompt goes into the next one.
-        engine.scheduler.pace.made(1 + chance.randrange(3), chance.choice([0, 30]), chance.random())
-        engine.scheduler.pace.passed(10, 1, chance.random())
+        engine.pace.made(1 + chance.randrange(3), chance.choice([0, 30]), chance.random())
+        engine.pace.passed(10, 1, chance.random())
         engine.step()
     assert others > 1004
     assert engine.layered

@@ -39,7 +39,8 @@ class _Way(NamedTuple):
 
     sequence: Sequence
     length: int
-    passed: int
+    work: float
+    passed: int = 0
     """Layers behind it."""
 
 
@@ -61,10 +62,11 @@ class Planner:
         """No later step has a part for the sequence. Whether a chunk of it was on its way: of its states,
         those of some layers have seen more than the others then.
         """
-        under_way = self._way is not None and self._way.sequence is sequence and self._way.passed > 0
-        if self._way is not None and self._way.sequence is sequence:
-            self._way = None
-        return under_way
+        way = self._way
+        if way is None or way.sequence is not sequence:
+            return False
+        self._way = None
+        return way.passed > 0
 
     def plan(self, running: list[Sequence], copies: list[Copy], states: list[Copy], now: float) -> Scheduled:
         """A step of the sequences that run, one at least, after these copies."""
@@ -84,11 +86,11 @@ class Planner:
         elif self._pace.knows(len(decoding)):
             self._share(making, prompts, len(decoding))
         plan = StepPlan(making.ids, making.segments, making.wanted, copies, states)
-        work = self._pace.work_beside if decoding else self._pace.work
-        amount = sum(work(part.length, part.start) for part in plan.segments[len(decoding) :])
         count = len(decoding)
+        of_one = self._pace.work_beside if decoding else self._pace.work
+        work = sum(of_one(part.length, part.start) for part in plan.segments[count:])
         prefill = len(plan.ids) - count
-        return Scheduled(plan, making.sequences, making.ends, making.sampled, count, prefill, amount)
+        return Scheduled(plan, making.sequences, making.ends, making.sampled, count, prefill, work)
 
     def took(self, scheduled: Scheduled, seconds: float) -> None:
         """The step has taken so long; the next ones go by that."""
@@ -109,30 +111,28 @@ class Planner:
             return left
         if self._others is None:
             return 0
-        return (
-            min(left, self._pace.passes(self._pace.left(*self._others), self._work(way)))
-            if decoding
-            else left
-        )
-
-    def _work(self, way: _Way) -> float:
-        return self._pace.work(way.length, way.sequence.cached)
+        if not decoding:
+            return left
+        return min(left, self._pace.passes(self._pace.left(*self._others), way.work))
 
     def _on_the_way(
         self, way: _Way, layers: int, copies: list[Copy], states: list[Copy], now: float
     ) -> Scheduled:
         """The chunk passes its next layers."""
-        sequence, length, passed = way
-        work = self._work(way)
-        making = _Pass(self._size, now)
-        making.add(sequence, length)
-        chunk = None if passed else StepPlan(making.ids, making.segments, making.wanted)
+        sequence, length, work, passed = way
+        chunk = None
+        if not passed:
+            making = _Pass(self._size, now)
+            making.add(sequence, length)
+            chunk = StepPlan(making.ids, making.segments, making.wanted)
         plan = StepPlan([], [], [], copies, states, chunk, layers)
-        if passed + layers < self._pace.layers:
-            self._way = _Way(sequence, length, passed + layers)
+        passed += layers
+        if passed < self._pace.layers:
+            self._way = way._replace(passed=passed)
             return Scheduled(plan, [sequence], [], [], 0, 0, work)
         self._way = None
-        return Scheduled(plan, [sequence], making.ends, making.sampled, 0, length, work)
+        sampled = [sequence] if length == sequence.missing else []
+        return Scheduled(plan, [sequence], [(sequence, sequence.cached + length)], sampled, 0, length, work)
 
     def _fill(self, making: _Pass, prompts: list[Sequence]) -> None:
         """Nobody decodes: prompts get all that a step takes, short ones first."""
@@ -155,7 +155,7 @@ class Planner:
                 making.add(sequence, sequence.piece)
             elif self._way is None:
                 length = self._pace.chunk(seconds, sequence.piece, sequence.cached)
-                self._way = _Way(sequence, length, 0)
+                self._way = _Way(sequence, length, self._pace.work(length, sequence.cached))
                 left = min(left, HALF * seconds)
 
 

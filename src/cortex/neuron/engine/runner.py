@@ -84,9 +84,8 @@ class Runner:
             captured = None if self._graphs is None else self._graphs.logits(plan)
             found = self._model(self._prepare(plan), self._layers) if captured is None else captured
         if not found.shape[0] and self.device.type == "cuda" and torch.cuda.is_available():
-            torch.cuda.synchronize(
-                self.device
-            )  # nobody reads the outcome, and the loop wants to know how long
+            # Nobody reads anything of the step, and the loop wants to know how long it takes.
+            torch.cuda.synchronize(self.device)
         return found
 
     def _pass_layers(self, plan: StepPlan) -> Tensor:

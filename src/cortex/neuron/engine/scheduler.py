@@ -67,7 +67,6 @@ class Scheduler:
         self.pool = pool
         self.states = states or StateBooks()
         pool.on_forget = self.states.forget
-        self.pace = pace
         self._planner = Planner(pace, pool.size)
         self.counts = Counts()
         self._context = context
