@@ -141,7 +141,6 @@ def test_weights_and_cache_take_what_the_shape_foretold(made: Any) -> None:
     assert made.cache_bytes == 400 * shape.kv_bytes_per_token + 10 * shape.state_bytes
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated
 @pytest.mark.parametrize(
     ("dtype", "most"), [("packed16", 0.05), pytest.param("int8", 0.5, marks=pytest.mark.long)]
 )

@@ -11,10 +11,7 @@ from cortex.neuron.nn import matrix
 from cortex.neuron.nn.placement import Dtype
 from cortex.neuron.nn.plan import Copy, Run, Segment, StepPlan
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),  # what FBGEMM takes, deprecated
-]
+pytestmark = pytest.mark.slow
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

@@ -29,10 +29,7 @@ from cortex.neuron.nn.placement import Dtype, Placement, Share
 from cortex.neuron.nn.plan import Copy, Segment, StepPlan
 from cortex.neuron.weights.source import Piece, Source
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),  # what FBGEMM takes, deprecated
-]
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 LAYERS, HIDDEN, HEADS, KV_HEADS, WIDTH, INNER, VOCAB = 2, 40, 8, 2, 8, 96, 321

@@ -83,7 +83,7 @@ def test_weights_as_models_have_them_are_evidence() -> None:
 @pytest.mark.parametrize("planes", [1, 2])
 def test_the_second_matrix_of_a_shape_is_made_like_the_first(planes: int) -> None:
     """Both ways give the same bytes as planes that are made at once and packed by oneDNN."""
-    kernel = OneDnn(signed=True)
+    kernel = OneDnn()
     chance = torch.Generator().manual_seed(3)
     kept = []
     for _ in range(3):
@@ -107,7 +107,7 @@ def at_once(weight: Tensor, planes: int) -> tuple[Tensor, Tensor]:
 
 
 def test_templates_go_with_the_matrices_that_use_them() -> None:
-    kernel = OneDnn(signed=True)
+    kernel = OneDnn()
     made = IntegerMatrix(integers(64, 64, seed=1).float(), None, 1, kernel)
     if not kernel._known:
         pytest.skip("this CPU has another layout")

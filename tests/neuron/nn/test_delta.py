@@ -448,7 +448,6 @@ def test_the_ranks_outputs_add_up_to_the_whole(
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("packed16", 2e-3), ("int8", 5e-2)])
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated
 def test_gates_convolution_and_norm_stay_fp32_where_matrices_are_packed(
     made: Callable[..., GatedDeltaNet], layer: GatedDeltaNet, dtype: Dtype, most: float
 ) -> None:
@@ -476,7 +475,6 @@ class ByRows(dict[str, Tensor]):
 
 
 @pytest.mark.parametrize("dtype", ["packed16", "int8"])
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated
 def test_an_output_of_one_block_is_packed_by_its_rows(dtype: Dtype) -> None:
     placement = Placement(CPU, dtype)
     plain, output = Linear(64, 40, placement), OutputLinear(64, 40, placement, 1)
@@ -489,7 +487,6 @@ def test_an_output_of_one_block_is_packed_by_its_rows(dtype: Dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["packed16", "int8", "float32"])
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated
 def test_an_output_of_several_blocks_says_that_it_takes_two_copies_on_the_way(dtype: Dtype) -> None:
     weight, placement = random(40, 64), Placement(CPU, dtype)
     output = OutputLinear(64, 40, placement, 4)

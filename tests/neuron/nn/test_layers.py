@@ -19,7 +19,6 @@ from cortex.neuron.nn.step import View, prepare
 CPU = torch.device("cpu")
 EXACT = Placement(CPU, "float32")
 PACKED = Placement(CPU, "packed16")
-pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -22,36 +24,28 @@ from cortex.neuron.nn.matrix import (
     StackedMatrix,
     pack,
 )
-from cortex.neuron.nn.packing import integer_bytes, most_bytes, packed_bytes
-
-pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what FBGEMM takes, deprecated
+from cortex.neuron.nn.packing import most_bytes, packed_bytes
 
 ENGINES = torch.backends.quantized.supported_engines
-needs_onednn = pytest.mark.skipif(
-    "onednn" not in ENGINES or not torch.cpu._is_vnni_supported(),
-    reason="oneDNN's int8 products are exact on CPUs with VNNI only",
-)
+needs_onednn = pytest.mark.skipif("onednn" not in ENGINES, reason="this build of torch lacks oneDNN")
 needs_amx = pytest.mark.skipif(
-    "onednn" not in ENGINES or not forms._has_amx(),
+    not forms.has_matrix_unit(),
     reason="only AMX multiplies signed activations, elsewhere oneDNN's reference code takes minutes",
 )
+needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU lacks VNNI")
 needs_fbgemm = pytest.mark.skipif("fbgemm" not in ENGINES, reason="this build of torch lacks FBGEMM")
 each_kernel = pytest.mark.parametrize(
     "kernel",
     [
-        pytest.param(OneDnn(signed=True), id="onednn", marks=needs_amx),
-        pytest.param(OneDnn(signed=False), id="onednn-unsigned", marks=needs_onednn),
-        pytest.param(Fbgemm(), id="fbgemm", marks=needs_fbgemm),
+        pytest.param(OneDnn(), id="onednn", marks=needs_amx),
+        pytest.param(Fbgemm(127), id="fbgemm-vnni", marks=[needs_fbgemm, needs_vnni]),
+        pytest.param(Fbgemm(63), id="fbgemm", marks=needs_fbgemm),
     ],
 )
 each_form = pytest.mark.parametrize("planes", [1, 2])
 
 WEIGHT_STEPS = {1: 127, 2: 127 * 256}
 """How many steps a weight's form has up to the largest weight of an output."""
-
-
-def activation_steps(kernel: IntegerKernel) -> int:
-    return 127 * 256 if kernel.base == 256 else 63 * 127 + 63
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:
@@ -69,7 +63,7 @@ def most_error(x: Tensor, weight: Tensor, planes: int, kernel: IntegerKernel) ->
     With two planes, also what the two lower ones might have added.
     """
     a, w = x.abs().double(), weight.abs().double()
-    step_a = a.amax(1, keepdim=True) / activation_steps(kernel)
+    step_a = a.amax(1, keepdim=True) / kernel.steps
     step_w = w.amax(1) / WEIGHT_STEPS[planes]
     worst = step_a / 2 * w.sum(1) + a.sum(1, keepdim=True) * step_w / 2 + step_a * step_w / 4 * x.shape[1]
     if planes == 2:
@@ -111,8 +105,8 @@ def test_a_half_matrix_of_some_columns_is_bounded_like_a_whole_one() -> None:
 @pytest.mark.parametrize(
     ("planes", "most"),
     # A normal weight is some 3.5 / 127 steps wide and off by a twelfth root of that; of two planes, half of
-    # the error is the product of the lower ones. FBGEMM's activations have two bits less.
-    [(1, {256: 0.01, 127: 0.01}), (2, {256: 1.2e-4, 127: 3e-4})],
+    # the error is the product of the lower ones. Without VNNI activations have two bits less.
+    [(1, {256: 0.01, 254: 0.01, 126: 0.01}), (2, {256: 1.2e-4, 254: 1.2e-4, 126: 3e-4})],
 )
 def test_normal_numbers_come_out_as_exact_as_the_form_is_fine(
     kernel: IntegerKernel, planes: int, most: dict[int, float]
@@ -238,7 +232,10 @@ def test_a_damaged_weight_shows_in_its_output_and_no_other(kernel: IntegerKernel
 @each_kernel
 @pytest.mark.parametrize(
     ("planes", "most", "most_of_others"),
-    [(1, {256: 0.01, 127: 0.01}, {256: 0.4, 127: 0.4}), (2, {256: 3e-4, 127: 1e-3}, {256: 0.015, 127: 0.05})],
+    [
+        (1, {256: 0.01, 254: 0.01, 126: 0.01}, {256: 0.4, 254: 0.4, 126: 0.4}),
+        (2, {256: 3e-4, 254: 3e-4, 126: 1e-3}, {256: 0.015, 254: 0.015, 126: 0.05}),
+    ],
 )
 def test_one_outlier_among_the_inputs_leaves_the_error_small(
     kernel: IntegerKernel, planes: int, most: dict[int, float], most_of_others: dict[int, float]
@@ -269,14 +266,14 @@ def test_the_weight_is_not_changed_by_packing_it(kernel: IntegerKernel) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["packed16", "int8"])
-@pytest.mark.parametrize("outputs", [63, 64, 65, 128, 300])
+@pytest.mark.parametrize("outputs", [63, 191, 192, 193, 384, 500])
 def test_a_matrix_in_parts_is_the_matrix(dtype: str, outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = random(5, 72), random(outputs, 72, seed=2), random(outputs, seed=3)
     monkeypatch.setattr(forms, "FEW_WEIGHTS", 0)
     whole = [pack(weight, given, dtype) for given in (None, bias)]
-    monkeypatch.setattr(forms, "PART", 100 * 72)
+    monkeypatch.setattr(forms, "PART", 192 * 72)
     parts = [pack(weight, given, dtype) for given in (None, bias)]
-    assert isinstance(parts[0], StackedMatrix) is (outputs > 100)
+    assert isinstance(parts[0], StackedMatrix) is (outputs > 192)
     for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a(x), b(x))
         assert b.nbytes <= most_bytes(72, outputs, dtype)
@@ -284,13 +281,14 @@ def test_a_matrix_in_parts_is_the_matrix(dtype: str, outputs: int, monkeypatch: 
 
 @pytest.mark.parametrize("dtype", ["packed16", "int8"])
 def test_of_a_large_matrix_no_more_than_a_part_is_staged(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "PART", 2**16)
-    staged = forms.staged_bytes(2**16, 64, dtype)
-    assert staged == forms.staged_bytes(2**10, 64, dtype)
+    outputs = 3 * 2**16
+    monkeypatch.setattr(forms, "PART", outputs)
+    staged = forms.staged_bytes(outputs, 64, dtype)
+    assert staged == forms.staged_bytes(outputs // 64, 64, dtype)
     read: list[int] = []
 
     class Rows:
-        shape = (2**16, 64)
+        shape = (outputs, 64)
 
         def __getitem__(self, rows: slice) -> Tensor:
             start, stop, _ = rows.indices(self.shape[0])
@@ -298,7 +296,7 @@ def test_of_a_large_matrix_no_more_than_a_part_is_staged(dtype: str, monkeypatch
             return torch.ones(stop - start, 64)
 
     pack(Rows(), None, dtype)
-    assert sum(read) == 2**16
+    assert sum(read) == outputs
     assert max(read) * 64 <= forms.PART
 
 
@@ -309,19 +307,50 @@ SIZES = [(1, 1), (64, 1), (72, 50), (63, 33), (65, 49), (576, 960), (576, 1536),
 
 @needs_onednn
 @pytest.mark.parametrize(("inputs", "outputs"), [*SIZES, (576, 49152)])
-def test_an_integer_matrix_takes_what_was_foretold(inputs: int, outputs: int) -> None:
-    """Of oneDNN's packed tensor, its scales (fp32) and its zero points (int64)."""
-    kernel = OneDnn(signed=True)
+def test_a_matrix_of_onednn_takes_what_was_foretold(inputs: int, outputs: int) -> None:
+    """Its packed tensor, its scales (fp32) and its zero points (int64)."""
+    kernel = OneDnn()
     packed, scale, zero = kernel.pack(torch.ones(outputs, inputs, dtype=torch.int8), torch.ones(outputs))
     taken = torch.ops.mkldnn._nbytes(packed) + scale.nbytes + zero.nbytes
-    assert taken <= integer_bytes(inputs, outputs, 1) <= 1.1 * taken + 1024
-    assert integer_bytes(inputs, outputs, 2) == 2 * integer_bytes(inputs, outputs, 1)
+    assert taken <= kernel.nbytes(inputs, outputs) <= 1.1 * taken + 1024
+
+
+class Heap(ctypes.Structure):
+    """What `mallinfo2` tells; `mapped` and `used` are bytes that somebody has."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "free_chunks", "fast_chunks", "mappings", "mapped")),
+        *((name, ctypes.c_size_t) for name in ("unused", "fast", "used", "free", "trimmable")),
+    ]
+
+
+@needs_fbgemm
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 9600), (512, 9601), (513, 4817), (1536, 2048)])
+def test_a_matrix_of_fbgemm_takes_what_was_foretold(inputs: int, outputs: int) -> None:
+    """It says nothing of its memory, the C library's heap does."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("this C library does not tell")
+    libc.mallinfo2.restype = Heap
+    kernel, weight = Fbgemm(63), torch.ones(outputs, inputs, dtype=torch.int8)
+
+    def used() -> int:
+        gc.collect()
+        heap = libc.mallinfo2()
+        return heap.used + heap.mapped
+
+    kernel.pack(weight, torch.ones(outputs))
+    before = used()
+    packed = kernel.pack(weight, torch.ones(outputs))
+    taken = used() - before
+    assert 0.99 * taken <= kernel.nbytes(inputs, outputs) <= 1.1 * taken
+    del packed
 
 
 @each_kernel
 @each_form
 def test_a_matrix_knows_its_bytes(kernel: IntegerKernel, planes: int) -> None:
-    assert IntegerMatrix(random(50, 72), None, planes, kernel).nbytes == integer_bytes(72, 50, planes)
+    assert IntegerMatrix(random(50, 72), None, planes, kernel).nbytes == kernel.nbytes(72, planes * 50)
     assert HalfMatrix(random(50, 72), None).nbytes == packed_bytes(72, 50)
 
 
@@ -334,13 +363,13 @@ def test_whatever_a_cpu_takes_it_takes_no_more_than_planned(inputs: int, outputs
 
 MULTIPLY = """
 import torch
-from cortex.neuron.nn.matrix import IntegerMatrix, integer_kernel
-IntegerMatrix(torch.ones(64, 64), None, 1, integer_kernel())(torch.ones(3, 64))
+from cortex.neuron.nn.matrix import IntegerMatrix, OneDnn
+IntegerMatrix(torch.ones(64, 64), None, 1, OneDnn())(torch.ones(3, 64))
 """
 
 
-@needs_onednn
-def test_the_chosen_kernel_is_none_of_onednns_reference_code() -> None:
+@needs_amx
+def test_onednn_multiplies_by_no_reference_code() -> None:
     """Which gives the same numbers, a thousand times later."""
     environment = dict(os.environ, ONEDNN_VERBOSE="1")
     command = [sys.executable, "-c", MULTIPLY]
@@ -350,37 +379,39 @@ def test_the_chosen_kernel_is_none_of_onednns_reference_code() -> None:
     assert not [line for line in products if "ref" in line.split(",")[6]]
 
 
-@needs_onednn
-def test_signs_of_planes_make_no_difference() -> None:
-    x, weight = random(5, 72), random(50, 72, seed=2)
-    signed, unsigned = (IntegerMatrix(weight, None, 2, OneDnn(signed=how))(x) for how in (True, False))
-    assert torch.equal(signed, unsigned)
+@needs_fbgemm
+@pytest.mark.parametrize("most", [pytest.param(127, marks=needs_vnni), 63])
+def test_the_largest_numbers_do_not_overflow_fbgemms_sums(most: int) -> None:
+    """Without VNNI its kernels add two products in 16 bits, and stop at the largest."""
+    kernel = Fbgemm(most)
+    packed = kernel.pack(torch.full((64, 512), 127, dtype=torch.int8), torch.ones(64))
+    for rows in (1, 2, 30):
+        for sign in (1.0, -1.0):
+            found = kernel.multiply(torch.full((rows, 512), sign * most), packed)
+            assert torch.equal(found, torch.full((rows, 64), sign * most * 127 * 512))
 
 
 @pytest.mark.skipif("onednn" not in ENGINES, reason="this build of torch lacks oneDNN")
 @pytest.mark.parametrize(
     ("vnni", "amx", "allowed", "expected"),
     [
-        (True, True, True, {"packed16": (2, "signed"), "int8": (1, "signed")}),
-        (True, True, False, {"packed16": None, "int8": (1, "unsigned")}),
-        (True, False, False, {"packed16": None, "int8": (1, "unsigned")}),
-        (False, False, False, {"packed16": None, "int8": (1, "fbgemm")}),
+        (True, True, True, {"packed16": (2, 256), "int8": (1, 256)}),
+        (True, True, False, {"packed16": None, "int8": (1, 254)}),
+        (True, False, False, {"packed16": None, "int8": (1, 254)}),
+        (False, False, False, {"packed16": None, "int8": (1, 126)}),
     ],
 )
 def test_the_form_follows_from_what_the_cpu_has(
     vnni: bool,
     amx: bool,
     allowed: bool,
-    expected: dict[str, tuple[int, str] | None],
+    expected: dict[str, tuple[int, int] | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def name(kernel: IntegerKernel) -> str:
-        return ("signed" if kernel._signed else "unsigned") if isinstance(kernel, OneDnn) else "fbgemm"
-
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: allowed)
-    monkeypatch.setattr(forms, "IntegerMatrix", lambda w, b, planes, kernel: (planes, name(kernel)))
+    monkeypatch.setattr(forms, "IntegerMatrix", lambda w, b, planes, kernel: (planes, kernel.base))
     monkeypatch.setattr(forms, "HalfMatrix", lambda w, b: None)
     few, many = torch.empty(1, forms.FEW_WEIGHTS), torch.empty(1, forms.FEW_WEIGHTS + 1)
     forms.integer_kernel.cache_clear()
@@ -398,7 +429,7 @@ def test_the_form_follows_from_what_the_cpu_has(
 def test_what_is_staged_follows_from_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 where fp16 is packed from it, planes of bytes else, twice for FBGEMM."""
     large = 2 * forms.FEW_WEIGHTS
-    for kernel, copies in ((OneDnn(signed=True), 1), (Fbgemm(), 2)):
+    for kernel, copies in ((OneDnn(), 1), (Fbgemm(63), 2)):
         monkeypatch.setattr(forms, "integer_kernel", lambda kernel=kernel: kernel)
         for unit, sixteen in ((True, 2 * copies), (False, 4)):
             monkeypatch.setattr(forms, "has_matrix_unit", lambda unit=unit: unit)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 from weakref import WeakValueDictionary
@@ -19,16 +21,18 @@ from torch import Tensor
 from cortex.neuron.nn import blocked
 from cortex.neuron.nn.blocked import TILE
 from cortex.neuron.nn.filling import Rows
-from cortex.neuron.nn.packing import integer_bytes, packed_bytes, round_up
+from cortex.neuron.nn.packing import INT8_OUTPUTS, fbgemm_bytes, onednn_bytes, packed_bytes, round_up
 
 # Tensors, as a number would be made into one at every call.
-_TINY: Final = torch.tensor(1e-30)
-"""Keeps the scale of a row of zeros from being zero."""
 _MIDDLE: Final = torch.tensor(128.0 * 256 + 128 + 0.5)
 """What makes both planes of a number bytes with 128 added, once it is cut off after the point."""
 _SIGNS: Final = torch.tensor(128 * 256 + 128, dtype=torch.int32)
+FEW_ROWS: Final = 8
+"""Up to here calls count, and not the passes over memory that fewer of them may make."""
 FEW_WEIGHTS: Final = 5_000_000
 """Up to so many, splitting and joining two planes costs a decode step more than their product saves."""
+WHOLE: Final = math.lcm(TILE, INT8_OUTPUTS)
+"""Outputs of whole blocks of each integer kernel: parts of so many leave none half empty."""
 RUN: Final = 2**19
 """Weights that are packed at a time: few enough for the caches with all that is made of them on the way."""
 PART: Final = 2**25
@@ -80,6 +84,9 @@ class IntegerKernel(Protocol):
     base: int
     steps: int
 
+    def nbytes(self, inputs: int, outputs: int) -> int:
+        """Bytes of a packed matrix [outputs, inputs]."""
+
     def begin(self, outputs: int, inputs: int) -> Packing:
         """An empty matrix."""
 
@@ -110,19 +117,16 @@ class _Placed(blocked.BlockedMatrix):
 
 
 class OneDnn:
-    """oneDNN's int8 product, on CPUs with VNNI or AMX. A plane holds [-128, 127].
+    """oneDNN's int8 product, on CPUs with AMX. A plane holds [-128, 127].
 
-    VNNI multiplies unsigned activations alone: of packed weights and signed ones oneDNN then has nothing but
-    its reference code, a thousand times slower. There planes are stored with 128 added, as their zero point.
+    Others multiply signed activations by packed weights in oneDNN's reference code, a thousand times slower.
     """
 
     base = 256
     steps = 127 * 256
+    nbytes = staticmethod(onednn_bytes)
 
-    def __init__(self, signed: bool) -> None:
-        self._signed = signed
-        self._zero = 0 if signed else 128
-        self._plane = torch.int8 if signed else torch.uint8
+    def __init__(self) -> None:
         self._known: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()
         """By shape a packed matrix, somewhere in use, whose layout `blocked` can write."""
 
@@ -143,16 +147,14 @@ class OneDnn:
         rows, inputs = x.shape
         peak = x.abs().amax(-1, True)
         # A row of zeros becomes whatever NaN is as an integer, which its peak then multiplies by zero.
-        number = torch.add(_MIDDLE, x.div(peak), alpha=self.steps).to(torch.int32)
-        if self._signed:
-            number.bitwise_xor_(_SIGNS)
-        planes = number.view(self._plane).as_strided((2, rows, inputs), (1, 4 * inputs, 4))
+        number = torch.add(_MIDDLE, x.div(peak), alpha=self.steps).to(torch.int32).bitwise_xor_(_SIGNS)
+        planes = number.view(torch.int8).as_strided((2, rows, inputs), (1, 4 * inputs, 4))
         return planes.reshape(2 * rows, inputs), peak
 
     def multiply(self, rows: Tensor, packed: Any) -> Tensor:
         weight, scale, zero = packed
         product: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-            rows, 1.0, self._zero, weight, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+            rows, 1.0, 0, weight, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return product
 
@@ -162,12 +164,22 @@ def _onednn_operands(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 class Fbgemm:
-    """FBGEMM's int8 product, for CPUs with AVX2 alone. A plane holds [-63, 63]: one bit less than its
-    kernels take, as those add two products in 16 bits.
+    """FBGEMM's int8 product, on all other CPUs. A plane holds [-most, most].
+
+    With VNNI that is 127. Without, its kernels add two products in 16 bits, and there it is 63: one bit less
+    than they take. Unlike oneDNN's, which keeps up with it on many rows, it reads cold weights as fast as
+    memory gives them, so that one row takes two thirds of the time.
     """
 
-    base = 127
-    steps = 63 * 127 + 63
+    nbytes = staticmethod(fbgemm_bytes)
+
+    def __init__(self, most: int) -> None:
+        # Deprecated, yet all that its kernels take.
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+        self._zero = most + 1
+        self.base = 2 * most
+        self.steps = most * self.base
+        self._steps, self._finer = torch.tensor(float(self.steps)), torch.tensor(1 / self.base)
 
     def begin(self, outputs: int, inputs: int) -> Packing:
         return _Collected(outputs, inputs, self.pack)
@@ -178,14 +190,24 @@ class Fbgemm:
         return torch.ops.quantized.linear_prepack(tensor, None)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        peak = x.abs().amax(-1, True).add_(_TINY)
-        number = x.div(peak).mul_(self.steps).round_()
-        upper = number.mul(1 / 127).round_()
-        return torch.cat((number.sub_(upper, alpha=127), upper)), peak
+        """In fp32, as its kernel rounds: so the lower plane is left with its fractions."""
+        rows, inputs = x.shape
+        peak = x.abs().amax(-1, True)
+        # A row of zeros becomes whatever NaN is as an integer, which its peak then multiplies by zero.
+        factor = self._steps / peak
+        if rows <= FEW_ROWS:
+            number = x * factor
+            upper = number.mul(self._finer).round_()
+            return torch.cat((number.sub_(upper, alpha=self.base), upper)), peak
+        planes = torch.empty(2, rows, inputs)
+        lower, upper = planes.unbind()
+        torch.mul(torch.mul(x, factor, out=lower), self._finer, out=upper).round_()
+        lower.sub_(upper, alpha=self.base)
+        return planes.view(2 * rows, inputs), peak
 
     def multiply(self, rows: Tensor, packed: Any) -> Tensor:
-        product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            rows, 1.0, 64, packed
+        product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(
+            rows, 1.0, self._zero, packed
         )
         return product
 
@@ -241,7 +263,7 @@ class IntegerMatrix:
                 packing.put(plane * outputs + first, fixed.planes[plane, :count])
         scale /= kernel.steps  # so that a row's largest number alone brings its product back
         self._packed = packing.finish(scale if planes == 1 else torch.cat((scale * 256, scale)))
-        self.nbytes = integer_bytes(inputs, outputs, planes)
+        self.nbytes = kernel.nbytes(inputs, planes * outputs)
 
     def __call__(self, x: Tensor) -> Tensor:
         kernel = self._kernel
@@ -259,22 +281,19 @@ class IntegerMatrix:
 
 @functools.cache
 def integer_kernel() -> IntegerKernel:
-    """The faster one that this CPU has."""
-    has_onednn = "onednn" in torch.backends.quantized.supported_engines
-    if has_onednn and torch.cpu._is_vnni_supported():
-        return OneDnn(signed=_has_amx())
-    return Fbgemm()
-
-
-def _has_amx() -> bool:
-    """The CPU has it, and the system lets this process use it."""
-    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    """The one that suits this CPU."""
+    if has_matrix_unit():
+        return OneDnn()
+    return Fbgemm(127 if torch.cpu._is_vnni_supported() else 63)
 
 
 @functools.cache
 def has_matrix_unit() -> bool:
-    """With AMX, four integer products are several times faster than one in fp32."""
-    return _has_amx() and isinstance(integer_kernel(), OneDnn)
+    """AMX, which the system must let this process use: with it, four integer products are several times
+    faster than one in fp32.
+    """
+    has_onednn = "onednn" in torch.backends.quantized.supported_engines
+    return has_onednn and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 class StackedMatrix:
@@ -324,7 +343,7 @@ def _matrix(weight: Rows, bias: Tensor | None, planes: int) -> Matrix:
 def _part_outputs(outputs: int, inputs: int) -> int:
     """Outputs of each part but the last one, which may have fewer."""
     parts = max(1, -(-outputs * inputs // PART))
-    return min(outputs, round_up(-(-outputs // parts), TILE))
+    return min(outputs, round_up(-(-outputs // parts), WHOLE))
 
 
 def staged_bytes(outputs: int, inputs: int, dtype: str) -> int:

@@ -1,7 +1,8 @@
 """How much memory matrices take, packed or not. Knows no torch, so that loads can be planned with it.
 
 Sources: PackedGemmMatrixB in FBGEMM's FbgemmPackMatrixB.h (blocks of 512 inputs by 16 outputs, all of them
-whole and in memory); oneDNN's blocked int8 layouts, of 64 inputs by up to 64 outputs; torch's int4mm.cu.
+whole and in memory; in int8 by up to 48 outputs, PackingTraits-inl.h); oneDNN's blocked int8 layouts, of 64
+inputs by up to 64 outputs; torch's int4mm.cu.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Final
 
 BLOCK_INPUTS: Final = 512
 BLOCK_OUTPUTS: Final = 16
+INT8_OUTPUTS: Final = 48
 TILE: Final = 64
 INT4_INPUTS: Final = 32
 INT4_OUTPUTS: Final = 8
@@ -22,9 +24,14 @@ def packed_bytes(inputs: int, outputs: int) -> int:
     return 2 * round_up(inputs, BLOCK_INPUTS) * round_up(outputs, BLOCK_OUTPUTS)
 
 
-def integer_bytes(inputs: int, outputs: int, planes: int) -> int:
-    """Bytes of one fixed-point weight [outputs, inputs] with its scales, zero points and sums."""
-    return planes * (round_up(inputs, TILE) + 16) * round_up(outputs, TILE)
+def onednn_bytes(inputs: int, outputs: int) -> int:
+    """Bytes of one int8 weight [outputs, inputs] with its scales, zero points and sums."""
+    return (round_up(inputs, TILE) + 16) * round_up(outputs, TILE)
+
+
+def fbgemm_bytes(inputs: int, outputs: int) -> int:
+    """The same; a width that is no multiple of 512 costs up to it here too."""
+    return (round_up(inputs, BLOCK_INPUTS) + 24) * round_up(outputs, INT8_OUTPUTS)
 
 
 def int4_bytes(inputs: int, outputs: int) -> int:
@@ -38,8 +45,8 @@ def most_bytes(inputs: int, outputs: int, dtype: str) -> int:
     if dtype == "int4" and inputs % INT4_INPUTS == 0:
         return int4_bytes(inputs, outputs)
     if dtype in ("int8", "int4"):
-        return integer_bytes(inputs, outputs, 1)
-    return max(packed_bytes(inputs, outputs), integer_bytes(inputs, outputs, 2))
+        return max(onednn_bytes(inputs, outputs), fbgemm_bytes(inputs, outputs))
+    return max(packed_bytes(inputs, outputs), onednn_bytes(inputs, 2 * outputs))  # its two planes
 
 
 def device_bytes(inputs: int, outputs: int, dtype: str) -> int:
