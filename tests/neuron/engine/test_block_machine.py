@@ -431,10 +431,10 @@ def test_random_traffic_with_states_resumes_from_what_they_have_seen(
     size: int, kept: int, spare: int
 ) -> None:
     world = walk(
-        kept, 8000, size=size, context=64, spare=spare, caching=True, chunk=8, running=8, wait=None, kept=kept
+        kept, 12000, size=size, context=64, spare=spare, caching=True, chunk=8, running=8, wait=None, kept=kept
     )
     assert world.finished > 150
-    assert min(20 * world.preempted, world.hits) > 40
+    assert min(30 * world.preempted, world.hits) > 40
     assert world.resumed > 20
     assert min(world.layered, world.given_up) > 10
     assert world.made.states.kept <= kept

@@ -102,10 +102,8 @@ class Pace:
         return min(piece, most, _rounded(piece / math.ceil(piece / most)))
 
     def passes(self, seconds: float, work: float) -> int:
-        """How many layers so much work passes in about so many seconds, one at least."""
-        if self._apart is None:
-            return 1
-        return max(1, round(seconds / (work * self._apart)))
+        """How many layers so much work passes in about so many seconds; none if that is not known."""
+        return 0 if self._apart is None else max(0, round(seconds / (work * self._apart)))
 
     def made(self, decoding: int, beside: float, seconds: float, *, alone: bool = True) -> None:
         """A pass took `seconds` in which so many decoded, with so much work beside them. `alone`: there are

@@ -13,6 +13,9 @@ from cortex.neuron.nn.plan import Copy, Segment, StepPlan, parts
 
 SHORT: Final = 4
 """Prompts of at most a chunk divided by this go before longer ones."""
+FIRST_PART: Final = 0.6
+"""Of the layers that a chunk is expected to pass in its turn, those that it passes first: what they have
+really taken says how many more it may."""
 HALF: Final = 0.5
 """Of the time for prefill, what short prompts may take while a long one is on its way."""
 
@@ -47,8 +50,8 @@ class _Way(NamedTuple):
 class Planner:
     """At this pace, with a cache in blocks of `size` tokens.
 
-    Steps in which sequences decode take turns with steps in which a long prompt's chunk passes some layers:
-    how many, goes by the time that the former has taken.
+    A step in which sequences decode takes turns with steps in which a long prompt's chunk passes some layers:
+    how many, goes by the time that the former has taken, and after the first of them by what is left of it.
     """
 
     def __init__(self, pace: Pace, size: int) -> None:
@@ -56,7 +59,9 @@ class Planner:
         self._size = size
         self._way: _Way | None = None
         self._others: tuple[int, float] | None = None
-        """The step before was one of the others: how many decoded, and what it took in seconds."""
+        """The last step of the others: how many decoded, and what it took in seconds."""
+        self._spent: float | None = None
+        """Seconds that a chunk has taken since then, if it has had its turn."""
 
     def drop(self, sequence: Sequence) -> bool:
         """No later step has a part for the sequence. Whether a chunk of it was on its way: of its states,
@@ -96,11 +101,11 @@ class Planner:
         """The step has taken so long; the next ones go by that."""
         if scheduled.plan.layers:
             self._pace.passed(scheduled.work, scheduled.plan.layers, seconds)
-            self._others = None
+            self._spent = (self._spent or 0.0) + seconds
         else:
             turns = self._way is not None and self._way.passed > 0
             self._pace.made(scheduled.decoding, scheduled.work, seconds, alone=not turns)
-            self._others = (scheduled.decoding, seconds)
+            self._others, self._spent = (scheduled.decoding, seconds), None
 
     def _next_layers(self, way: _Way, running: list[Sequence], decoding: int) -> int:
         """How many layers the chunk passes in this step, none if it is the others' turn. That is all that are
@@ -111,9 +116,13 @@ class Planner:
             return left
         if self._others is None:
             return 0
+        begins = self._spent is None
         if not decoding:
-            return left
-        return min(left, self._pace.passes(self._pace.left(*self._others), way.work))
+            return left if begins else 0
+        seconds = self._pace.left(*self._others) - (self._spent or 0.0)
+        if begins:
+            return min(left, max(1, self._pace.passes(FIRST_PART * seconds, way.work)))
+        return min(left, self._pace.passes(seconds, way.work))
 
     def _on_the_way(
         self, way: _Way, layers: int, copies: list[Copy], states: list[Copy], now: float
