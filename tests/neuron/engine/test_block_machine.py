@@ -431,7 +431,16 @@ def test_random_traffic_with_states_resumes_from_what_they_have_seen(
     size: int, kept: int, spare: int
 ) -> None:
     world = walk(
-        kept, 12000, size=size, context=64, spare=spare, caching=True, chunk=8, running=8, wait=None, kept=kept
+        kept,
+        12000,
+        size=size,
+        context=64,
+        spare=spare,
+        caching=True,
+        chunk=8,
+        running=8,
+        wait=None,
+        kept=kept,
     )
     assert world.finished > 150
     assert min(30 * world.preempted, world.hits) > 40
