@@ -6,7 +6,7 @@ Imports no torch; that is the worker's. Knows sizes and messages, not how a mode
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -146,10 +146,12 @@ class TorchFactory:
     async def load(self, plan: LoadPlan, report: Callable[[Progress], None]) -> LoadedModel:
         """Running workers and the model's text side. Raises LoadFailed, also what a worker refused."""
         order = plan.order
-        codec = await asyncio.to_thread(open_codec, Path(order.path))
         ranks = await RankGroup.start(self._warm, order.devices, order.threads)
         try:
-            await ranks.load(_order(plan), order.devices, report)
+            codec = await _beside(
+                ranks.load(_order(plan), order.devices, report),
+                asyncio.to_thread(open_codec, Path(order.path)),
+            )
         except BaseException:
             await to_its_end(ranks.close())
             raise
@@ -164,6 +166,18 @@ class TorchFactory:
 
     async def stop(self) -> None:
         await self._warm.stop()
+
+
+async def _beside(load: Coroutine[Any, Any, None], reading: Coroutine[Any, Any, Codec]) -> Codec:
+    """What is read, once the load is done too. As soon as one of them fails the other is given up."""
+    tasks = asyncio.ensure_future(load), asyncio.ensure_future(reading)
+    try:
+        _, codec = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return codec
 
 
 def open_codec(path: Path) -> Codec:
