@@ -84,11 +84,11 @@ def test_16_bit_matrices_are_padded_to_512_inputs_and_16_outputs() -> None:
     assert shape.weight_bytes("packed16") == expected
 
 
-def test_8_bit_matrices_are_padded_to_64_inputs_and_outputs() -> None:
-    """16 bytes an output are scales and sums; the head is 1000 outputs, fused qkv 96, gate and up 256."""
+def test_8_bit_matrices_are_padded_to_512_inputs_and_48_outputs() -> None:
+    """24 bytes an output are scales and sums; the head is 1000 outputs, fused qkv 96, gate and up 256."""
     shape = read_shape(huggingface())
-    layer = (64 + 16) * (128 + 64 + 256) + (128 + 16) * 64
-    expected = 2 * 1000 * 64 + (64 + 16) * 1024 + 2 * layer + 4 * (2 * 2 * 64 + 64)
+    layer = (512 + 24) * (96 + 96 + 288 + 96)
+    expected = 2 * 1000 * 64 + (512 + 24) * 1008 + 2 * layer + 4 * (2 * 2 * 64 + 64)
     assert shape.weight_bytes("int8") == expected
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cortex.neuron.nn import step as steps
 from cortex.neuron.nn.embedding import Embedding
 from cortex.neuron.nn.linear import Linear, product
 from cortex.neuron.nn.mlp import GatedMLP
@@ -12,9 +13,9 @@ from cortex.neuron.nn.moe import Projection
 from cortex.neuron.nn.norm import FEW_ROWS, RMSNorm
 from cortex.neuron.nn.packing import most_bytes
 from cortex.neuron.nn.placement import Dtype, Placement, Share
-from cortex.neuron.nn.plan import Segment, StepPlan, parts
+from cortex.neuron.nn.plan import Run, Segment, StepPlan, parts
 from cortex.neuron.nn.rotary import inverse_frequencies, rotate_, rotations
-from cortex.neuron.nn.step import View, prepare
+from cortex.neuron.nn.step import GATHERED, Gathered, View, prepare
 
 CPU = torch.device("cpu")
 EXACT = Placement(CPU, "float32")
@@ -169,6 +170,52 @@ def test_rows_that_see_the_same_run_look_together() -> None:
         ([2], 30, False),
         ([3], 50, False),
     ]
+
+
+def tokens(runs: list[list[Run]]) -> StepPlan:
+    """One token each of sequences that lie there."""
+    segments = [Segment(sum(count for _, count in seen) - 1, 1, seen) for seen in runs]
+    return StepPlan([0] * len(runs), segments, [])
+
+
+def test_what_rows_see_in_one_short_run_each_is_gathered() -> None:
+    """All but those of row 1, which has two runs, and of rows 2 and 3, which have the same one."""
+    runs = [[(0, 5)], [(10, 4), (20, 3)], [(30, 6)], [(30, 6)], [(40, 8)], [(60, 7)]]
+    looks = prepare(tokens(runs), CPU).looks
+    assert not looks.in_order
+    gathered = [view for view in looks.views if isinstance(view, Gathered)]
+    (found,) = gathered
+    assert found.rows is not None
+    assert found.rows.tolist() == [0, 4, 5]
+    assert found.keys.view(3, 8).tolist() == [
+        [0, 1, 2, 3, 4, 4, 4, 4],
+        [40, 41, 42, 43, 44, 45, 46, 47],
+        [60, 61, 62, 63, 64, 65, 66, 66],
+    ]
+    assert found.mask is not None
+    assert found.mask.isinf().view(3, 8).sum(1).tolist() == [3, 0, 1]
+    others = [(view.start, view.length) for view in looks.views if isinstance(view, View)]
+    assert others == [(10, 4), (20, 3), (30, 6)]
+
+
+def test_rows_are_gathered_with_those_that_see_about_as_much_and_not_with_too_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def together(lengths: list[int]) -> list[tuple[int, int, int]]:
+        looks = prepare(tokens([[(500 * index, length)] for index, length in enumerate(lengths)]), CPU).looks
+        return [(view.first, view.last, view.length) for view in looks.views if isinstance(view, Gathered)]
+
+    longest = GATHERED["cpu"]
+    assert together([20, 100, 30]) == [(0, 3, 30)]
+    assert together([20, 100]) == []
+    assert together([longest, longest - 1]) == [(0, 2, longest)]
+    assert together([longest, longest + 1]) == []
+    assert together([20] * 5) == [(0, 5, 20)]
+    monkeypatch.setattr(steps, "MOST_GATHERED", 64)
+    assert together([20] * 5) == [(0, 2, 20), (2, 4, 20)]
+    looks = prepare(tokens([[(500 * index, 20)] for index in range(4)]), CPU).looks
+    assert looks.in_order
+    assert {view.mask for view in looks.views} == {None}
 
 
 @pytest.mark.parametrize(

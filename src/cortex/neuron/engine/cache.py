@@ -1,7 +1,7 @@
 """The KV cache: rows of keys and values in fp32, preallocated, and attention over them in stock torch.
 
-A sequence's rows lie in a few runs; what its queries see in each run is merged by log-sum-exp, so nothing is
-gathered. Whoever plans the steps owns the rows. Knows no model.
+A sequence's rows lie in a few runs; what its queries see in each is merged by log-sum-exp. Gathered are only short
+runs of several sequences. Whoever plans the steps owns the rows. Knows no model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cortex.neuron.nn.plan import Copy
-from cortex.neuron.nn.step import Step, View
+from cortex.neuron.nn.step import Gathered, Step, View
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 """Scales by 1 / sqrt(width) by itself, as `_plain` does; gives the log of the sum of exponentials too."""
@@ -104,12 +104,14 @@ class LayerRuns:
             _merge(merged, weights, view, *self._look(view, queries, keys_values))
         return merged.view(rows, heads * width)
 
-    def _look(self, view: View, queries: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+    def _look(self, view: View | Gathered, queries: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor]:
         """What the view's rows see: [n, heads, width], and the log of the sum of exp(score): [n, heads]."""
         if view.rows is not None:
             chosen = queries.index_select(0, view.rows)
         else:
             chosen = queries.narrow(0, view.first, view.last - view.first)
+        if isinstance(view, Gathered):
+            return self._gather(view, chosen)
         if view.causal:
             keys, values = keys_values.narrow(0, view.first, view.length).unbind(1)
         else:
@@ -120,6 +122,24 @@ class LayerRuns:
         if self._plainly:
             return _plain(chosen, keys, values, self._scale, view.mask)
         return _each(chosen, keys, values, view.mask)
+
+    def _gather(self, view: Gathered, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row sees its own keys, and the heads of a group are the query rows of their KV head."""
+        rows, heads, width = queries.shape
+        kv_heads = self._kv_heads
+        gathered = self._stored.flatten(1).index_select(0, view.keys)
+        gathered = gathered.view(rows, view.length, 2, kv_heads, width).permute(2, 0, 3, 1, 4)
+        keys, values = gathered.unbind()
+        grouped = queries.view(rows, kv_heads, heads // kv_heads, width)
+        if not self._plainly:
+            seen, weight = _flash(grouped, keys, values, attn_mask=view.mask)
+        else:
+            scores = torch.matmul(grouped, keys.transpose(2, 3)).mul_(self._scale)
+            if view.mask is not None:
+                scores += view.mask
+            weight = scores.logsumexp(-1)
+            seen = torch.matmul(scores.sub_(weight.unsqueeze(-1)).exp_(), values)
+        return seen.reshape(rows, heads, width), weight.reshape(rows, heads)
 
     def _run(self, view: View, which: int) -> Tensor:
         """Keys (0) or values (1) of a run: [1, kv_heads, length, width]."""
@@ -186,7 +206,7 @@ def _plain(
     return seen, weights
 
 
-def _merge(merged: Tensor, weights: Tensor, view: View, seen: Tensor, weight: Tensor) -> None:
+def _merge(merged: Tensor, weights: Tensor, view: View | Gathered, seen: Tensor, weight: Tensor) -> None:
     """Add what a view saw to what its rows saw before: softmax over both, by their log-sum-exp."""
     if view.rows is not None:
         before, known = merged.index_select(0, view.rows), weights.index_select(0, view.rows)

@@ -16,6 +16,11 @@ from cortex.neuron.nn.plan import NO_SLOT, Run, Segment, StepPlan, parts
 
 KNOWS_CAUSALITY: Final = ("cpu",)
 """Types of devices whose attention hides later tokens by itself."""
+GATHERED: Final = {"cpu": 192, "cuda": 4096}
+"""Keys that a row may see at most for them to be gathered with those of others: a CPU soon takes longer to
+copy them, while on CUDA every call costs what thousands of them do. The latter is unverified on hardware."""
+MOST_GATHERED: Final = 2**15
+"""Keys that are gathered at once at most: of a layer, they are in memory twice."""
 
 
 class View(NamedTuple):
@@ -38,11 +43,29 @@ class View(NamedTuple):
     mask: Tensor | None = None
 
 
+class Gathered(NamedTuple):
+    """Rows of the step of which each looks at a run of its own and at nothing else, all at once: a call for
+    each costs more than to bring together what they see.
+
+    The rows are [first, last), or those of `rows`, int64. `keys`, int64 [rows * length], are the rows of the
+    cache that each sees, filled up with its last one to `length`, and `mask`, fp32 [rows, 1, 1, length], is
+    -inf at those, None if there are none.
+    """
+
+    first: int
+    last: int
+    rows: Tensor | None
+    keys: Tensor
+    length: int
+    mask: Tensor | None
+    fresh: bool = True
+
+
 class Looks(NamedTuple):
     """`views` together show every row all that it may see. `in_order`: every row has one view, and the views
     come in the order of their rows."""
 
-    views: tuple[View, ...]
+    views: tuple[View | Gathered, ...]
     in_order: bool
 
 
@@ -162,7 +185,8 @@ def _pages(plan: StepPlan, page: int, device: torch.device) -> Pages:
 class _Looking:
     """Finds what the rows of a plan see.
 
-    One token sees whole runs of the cache, itself included; rows that see the same run look together.
+    One token sees whole runs of the cache, itself included; rows that see the same run look together, and of
+    those that see one short run each, all that see about as much.
     Several tokens see what came before them as runs, and themselves causally. A window of W tokens shows a
     token at position q the keys from q - W + 1 on. So several tokens are taken W at a time: the last of them
     still sees the first, and what came before they see through a mask where the window shows.
@@ -175,6 +199,9 @@ class _Looking:
         self._fresh = [True] * len(plan.ids)
         self._single: dict[Run, list[int]] = {}
         self._views: list[View] = []
+        self._short = GATHERED.get(device.type, 0)
+        self._alone: dict[int, Run] = {}
+        """Rows that see one short run only."""
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
     def looks(self) -> Looks:
@@ -184,10 +211,12 @@ class _Looking:
                 seen = part.runs if self._window is None else self._within(part)
                 for run in seen:
                     self._single.setdefault(run, []).append(row)
+                if len(seen) == 1 and seen[0][1] <= self._short:
+                    self._alone[row] = seen[0]
             else:
                 self._several(part, row)
             row += part.length
-        views = (*self._together(), *self._views)
+        views: tuple[View | Gathered, ...] = (*self._gathered(), *self._together(), *self._views)
         in_order = all(view.fresh and view.rows is None for view in views)
         return Looks(views, in_order and all(a.last == b.first for a, b in itertools.pairwise(views)))
 
@@ -240,6 +269,29 @@ class _Looking:
             known = self._masks[rows, count, ahead] = full.tril(-ahead - self._window)
         return known
 
+    def _gathered(self) -> list[Gathered]:
+        """Of rows that nobody shares a run with, those that see about as much: none is filled up to more than
+        twice its length.
+        """
+        alike: dict[int, list[int]] = {}
+        for row, run in self._alone.items():
+            if len(self._single[run]) == 1:
+                alike.setdefault((run[1] - 1).bit_length(), []).append(row)
+        found = []
+        for bits, rows in alike.items():
+            most = max(1, MOST_GATHERED >> bits)
+            for at in range(0, len(rows), most):
+                some = rows[at : at + most]
+                if len(some) > 1:
+                    found.append(_gather(some, [self._single_run(row) for row in some], self._device))
+        return found
+
+    def _single_run(self, row: int) -> Run:
+        """What the row sees, which nobody else has to look at any more."""
+        run = self._alone[row]
+        del self._single[run]
+        return run
+
     def _together(self) -> list[View]:
         together: list[View] = []
         for (start, count), rows in self._single.items():
@@ -253,6 +305,21 @@ class _Looking:
 
 
 def _view(rows: list[int], start: int, count: int, fresh: bool, device: torch.device) -> View:
-    first, last = rows[0], rows[-1] + 1
-    scattered = None if last - first == len(rows) else torch.tensor(rows, device=device)
-    return View(first, last, scattered, start, count, False, fresh)
+    return View(rows[0], rows[-1] + 1, _scattered(rows, device), start, count, False, fresh)
+
+
+def _gather(rows: list[int], runs: list[Run], device: torch.device) -> Gathered:
+    starts, counts = torch.tensor(runs, device=device).unsqueeze(-1).unbind(1)
+    length = max(count for _, count in runs)
+    places = torch.arange(length, device=device)
+    keys = (starts + torch.minimum(places, counts - 1)).view(-1)
+    mask = None
+    if any(count < length for _, count in runs):
+        mask = torch.zeros(len(rows), length, device=device)
+        mask = mask.masked_fill_(places >= counts, float("-inf")).view(len(rows), 1, 1, length)
+    return Gathered(rows[0], rows[-1] + 1, _scattered(rows, device), keys, length, mask)
+
+
+def _scattered(rows: list[int], device: torch.device) -> Tensor | None:
+    """The rows, where they do not lie together."""
+    return None if rows[-1] + 1 - rows[0] == len(rows) else torch.tensor(rows, device=device)
