@@ -1,7 +1,7 @@
 """The KV cache: rows of keys and values in fp32, preallocated, and attention over them in stock torch.
 
-A sequence's rows lie in a few runs; what its queries see in each is merged by log-sum-exp. Gathered are only short
-runs of several sequences. Whoever plans the steps owns the rows. Knows no model.
+A sequence's rows lie in a few runs; what its queries see in each is merged by log-sum-exp, and only short
+runs of several sequences are gathered. Whoever plans the steps owns the rows. Knows no model.
 """
 
 from __future__ import annotations

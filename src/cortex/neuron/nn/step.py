@@ -16,7 +16,7 @@ from cortex.neuron.nn.plan import NO_SLOT, Run, Segment, StepPlan, parts
 
 KNOWS_CAUSALITY: Final = ("cpu",)
 """Types of devices whose attention hides later tokens by itself."""
-GATHERED: Final = {"cpu": 192, "cuda": 4096}
+GATHERED: Final = {"cpu": 160, "cuda": 4096}
 """Keys that a row may see at most for them to be gathered with those of others: a CPU soon takes longer to
 copy them, while on CUDA every call costs what thousands of them do. The latter is unverified on hardware."""
 MOST_GATHERED: Final = 2**15
