@@ -35,6 +35,19 @@ MODEL_JSON = {
             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         ),
     ),
+    "deepseek-coder": (
+        None,
+        lambda: pre_tokenizers.Sequence(
+            [
+                *(
+                    pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+                    for pattern in (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+")
+                ),
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+    ),
     "qwen2": (
         normalizers.NFC,
         lambda: cut_by(
@@ -59,6 +72,7 @@ MODEL_JSON = {
     ),
 }
 """Normalizer and pre-tokenizer of each family as its models' tokenizer.json spells them."""
+MODEL_JSON |= dict.fromkeys(("smaug-bpe", "dbrx"), MODEL_JSON["llama-bpe"])
 
 
 def cut_by(pattern: str) -> Any:

@@ -22,7 +22,7 @@ from cortex.wire.errors import LoadFailed
 Metadata = Callable[..., dict[str, Any]]
 Trained = Callable[[str], Tokenizer]
 
-KINDS = ("gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35", "tekken")
+KINDS = ("gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35", "tekken", "deepseek-coder")
 TEXTS = (
     "",
     "Hello world",
@@ -71,8 +71,9 @@ def test_kinds_cut_digits_differently(gguf_metadata: Metadata) -> None:
         return tokenizer_from_gguf(metadata).encode("12345").tokens
 
     assert digits("gpt-2") == ["12345"]
-    assert digits("llama-bpe") == ["123", "45"]
-    for kind in ("qwen2", "qwen35", "tekken", "smollm"):
+    for kind in ("llama-bpe", "smaug-bpe", "dbrx"):
+        assert digits(kind) == ["123", "45"]
+    for kind in ("qwen2", "qwen35", "tekken", "smollm", "deepseek-coder"):
         assert digits(kind) == ["1", "2", "3", "4", "5"]
 
 
@@ -94,7 +95,7 @@ def test_only_some_kinds_take_a_known_piece_whole(gguf_metadata: Metadata) -> No
         return tokenizer_from_gguf(metadata).encode("abc").tokens
 
     assert pieces("llama-bpe") == ["abc"]
-    assert pieces("qwen2") == pieces("gpt-2") == ["a", "bc"]
+    assert pieces("qwen2") == pieces("gpt-2") == pieces("smaug-bpe") == ["a", "bc"]
 
 
 def test_a_file_that_names_no_kind_is_cut_as_gpt2(gguf_metadata: Metadata, trained: Trained) -> None:

@@ -52,6 +52,7 @@ _TEKKEN: Final = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _DIGIT: Final = r"\p{N}"
+_DEEPSEEK_CODER: Final = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", _DIGIT)
 
 _PLAIN: Final = Kind(splits=(_GPT2,))
 _LLAMA: Final = Kind(splits=(_LLAMA3,), ignore_merges=True, add_bos=True)
@@ -65,7 +66,10 @@ KINDS: Final[Mapping[str, Kind]] = {
     "llama-v3": _LLAMA,
     "llama3": _LLAMA,
     "qwen2": _QWEN,
+    "smaug-bpe": Kind(splits=(_LLAMA3,)),
+    "dbrx": Kind(splits=(_LLAMA3,)),
     "deepseek-r1-qwen": _QWEN,
+    "deepseek-coder": Kind(splits=_DEEPSEEK_CODER),
     "qwen35": Kind(splits=(_QWEN35,), nfc=True),
     "tekken": Kind(splits=(_TEKKEN,), ignore_merges=True, add_bos=True),
     "smollm": Kind(splits=(_DIGIT, _GPT2)),
