@@ -211,7 +211,8 @@ def test_rows_are_gathered_with_those_that_see_about_as_much_and_not_with_too_ma
     assert together([longest, longest - 1]) == [(0, 2, longest)]
     assert together([longest, longest + 1]) == []
     assert together([20] * 5) == [(0, 5, 20)]
-    monkeypatch.setattr(steps, "MOST_GATHERED", 64)
+    assert together([longest] * 9) == [(0, 8, longest)], "and the ninth looks for itself"
+    monkeypatch.setitem(steps.MOST_GATHERED, "cpu", 64)
     assert together([20] * 5) == [(0, 2, 20), (2, 4, 20)]
     looks = prepare(tokens([[(500 * index, 20)] for index in range(4)]), CPU).looks
     assert looks.in_order

@@ -16,11 +16,11 @@ from cortex.neuron.nn.plan import NO_SLOT, Run, Segment, StepPlan, parts
 
 KNOWS_CAUSALITY: Final = ("cpu",)
 """Types of devices whose attention hides later tokens by itself."""
-GATHERED: Final = {"cpu": 160, "cuda": 4096}
+GATHERED: Final = {"cpu": 160, "cuda": 2**12}
 """Keys that a row may see at most for them to be gathered with those of others: a CPU soon takes longer to
 copy them, while on CUDA every call costs what thousands of them do. The latter is unverified on hardware."""
-MOST_GATHERED: Final = 2**15
-"""Keys that are gathered at once at most: of a layer, they are in memory twice."""
+MOST_GATHERED: Final = {"cpu": 2**11, "cuda": 2**15}
+"""Keys that are gathered at once at most, as a layer copies them: more of them leave the caches of a CPU."""
 
 
 class View(NamedTuple):
@@ -279,18 +279,15 @@ class _Looking:
                 alike.setdefault((run[1] - 1).bit_length(), []).append(row)
         found = []
         for bits, rows in alike.items():
-            most = max(1, MOST_GATHERED >> bits)
+            most = max(1, MOST_GATHERED[self._device.type] >> bits)
             for at in range(0, len(rows), most):
                 some = rows[at : at + most]
                 if len(some) > 1:
-                    found.append(_gather(some, [self._single_run(row) for row in some], self._device))
+                    runs = [self._alone[row] for row in some]
+                    found.append(_gather(some, runs, self._device))
+                    for run in runs:  # which nobody has to look at any more
+                        del self._single[run]
         return found
-
-    def _single_run(self, row: int) -> Run:
-        """What the row sees, which nobody else has to look at any more."""
-        run = self._alone[row]
-        del self._single[run]
-        return run
 
     def _together(self) -> list[View]:
         together: list[View] = []
