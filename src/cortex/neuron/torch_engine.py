@@ -169,7 +169,7 @@ class TorchFactory:
 
 
 async def _beside(load: Coroutine[Any, Any, None], reading: Coroutine[Any, Any, Codec]) -> Codec:
-    """What is read, once the load is done too. As soon as one of them fails the other is given up."""
+    """What is read, once the load is done too. As soon as one of them fails nobody waits for the other."""
     tasks = asyncio.ensure_future(load), asyncio.ensure_future(reading)
     try:
         _, codec = await asyncio.gather(*tasks)

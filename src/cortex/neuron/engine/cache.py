@@ -135,10 +135,8 @@ class LayerRuns:
             seen, weight = _flash(grouped, keys, values, attn_mask=view.mask)
         else:
             scores = torch.matmul(grouped, keys.transpose(2, 3)).mul_(self._scale)
-            if view.mask is not None:
-                scores += view.mask
-            weight = scores.logsumexp(-1)
-            seen = torch.matmul(scores.sub_(weight.unsqueeze(-1)).exp_(), values)
+            parts, weight = _softmax_(scores, view.mask)
+            seen = torch.matmul(parts, values)
         return seen.reshape(rows, heads, width), weight.reshape(rows, heads)
 
     def _run(self, view: View, which: int) -> Tensor:
@@ -195,15 +193,21 @@ def _plain(
         own = queries.narrow(0, first, count).view(count, kv_heads, -1, width).transpose(0, 1)
         own = own.reshape(kv_heads, -1, width)
         scores = torch.baddbmm(queries.new_empty(1), own, keys, beta=0, alpha=scale)
-        scores = scores.view(kv_heads, count, -1, length)
-        if mask is not None:
-            scores += mask.narrow(0, first, count).unsqueeze(1)
-        weight = scores.logsumexp(-1, keepdim=True)
-        found = torch.bmm(scores.sub_(weight).exp_().view(kv_heads, -1, length), values)
+        hidden = None if mask is None else mask.narrow(0, first, count).unsqueeze(1)
+        parts, weight = _softmax_(scores.view(kv_heads, count, -1, length), hidden)
+        found = torch.bmm(parts.view(kv_heads, -1, length), values)
         found = found.view(kv_heads, count, -1, width).transpose(0, 1)
         seen.narrow(0, first, count).view(found.shape).copy_(found)
         weights.narrow(0, first, count).view(found.shape[:3]).copy_(weight.squeeze(-1).transpose(0, 1))
     return seen, weights
+
+
+def _softmax_(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of `scores` [..., length] plus `mask`, in place; and the log of the sum of exp: [..., 1]."""
+    if mask is not None:
+        scores += mask
+    weight = scores.logsumexp(-1, keepdim=True)
+    return scores.sub_(weight).exp_(), weight
 
 
 def _merge(merged: Tensor, weights: Tensor, view: View | Gathered, seen: Tensor, weight: Tensor) -> None:
