@@ -139,7 +139,7 @@ def test_a_long_one_passes_some_layers_at_a_time_and_is_sampled_after_the_last(m
 
 def test_a_longer_one_takes_chunk_after_chunk(made: Scheduler) -> None:
     ask(made, 2, 1500)
-    finish(made, plan(made))
+    step(made)
     computed: list[int] = []
     while made._running[1].missing > 1:
         steps, others = turn(made)
@@ -195,6 +195,23 @@ def test_a_chunk_of_unknown_cost_passes_one_layer() -> None:
     assert scheduled.plan.layers == 1
     assert scheduled.plan.chunk is not None
     assert scheduled.plan.chunk.segments[0].length <= FIRST
+
+
+def test_where_the_clock_stands_still_a_chunk_passes_a_layer_in_each_turn() -> None:
+    made = scheduler()
+    ask(made, 1, 1)
+    for _ in range(3):
+        finish(made, plan(made), 0.0)
+    ask(made, 2, 50)
+    finish(made, plan(made), 0.0)
+    passed = 0
+    while passed < LAYERS:
+        steps, others = turn(made, 0.0)
+        assert layers(steps) == 1
+        assert keys(others)[0] == 1
+        finish(made, others, 0.0)
+        passed += 1
+    assert made._running[1].generated >= 1
 
 
 def test_short_prompts_pass_a_long_one_that_goes_on_all_the_same(made: Scheduler) -> None:
