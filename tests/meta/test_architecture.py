@@ -32,6 +32,7 @@ TORCH_ROOMS = (
     "cortex.neuron.engine.sampler",
     "cortex.neuron.engine.states",
     "cortex.neuron.engine.threads",
+    "cortex.neuron.engine.windows",
     "cortex.neuron.engine.worker",
 )
 

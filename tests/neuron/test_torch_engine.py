@@ -12,6 +12,7 @@ from cortex.hookspecs import LoadOrder
 from cortex.neuron import torch_engine
 from cortex.neuron.models.division import rank_weight_bytes
 from cortex.neuron.models.reading import read_shape
+from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.torch_engine import PROCESS_BYTES, TorchFactory, open_codec
 from cortex.neuron.weights.checkpoint import open_checkpoint
 from cortex.wire.errors import BadRequest, LoadFailed
@@ -124,6 +125,75 @@ def test_states_are_kept_of_what_the_shortest_context_leaves(make_tiny: Callable
         plan = TorchFactory().plan(order(path, memory_bytes=needed + kept * state))
         assert plan.detail.checkpoints == kept
         assert plan.limit.context == min(2048, plan.detail.cache_tokens)
+
+
+def long_gemma(make_tiny: Callable[..., Any]) -> tuple[Path, ModelShape]:
+    """Two of its three layers have a window of 24 tokens."""
+    path = make_tiny("gemma3_text", sliding_window_pattern=3, max_position_embeddings=40_000).directory
+    return path, read_shape_of(path)
+
+
+def test_layers_with_a_window_keep_that_where_contexts_are_long(make_tiny: Callable[..., Any]) -> None:
+    path, shape = long_gemma(make_tiny)
+    near = shape.near_bytes_per_token
+    assert 3 * near == 2 * shape.kv_bytes_per_token
+    plan = TorchFactory().plan(order(path))
+    assert plan.detail.windowed
+    assert (plan.detail.cache_tokens, plan.detail.checkpoints) == (80_000, 32)
+    cache = 80_000 * (shape.kv_bytes_per_token - near) + 8 * (24 + 512) * near + 32 * 24 * near
+    assert plan.bytes_per_device == {"cpu": shape.weight_bytes("packed16") + cache + PROCESS_BYTES}
+    few = TorchFactory().plan(order(path, state_bytes=5 * 24 * near, max_running=2))
+    assert few.detail.checkpoints == 5
+    assert TorchFactory().plan(order(path, prefix_cache=False)).detail.checkpoints == 0
+    tight = order(path, memory_bytes=plan.bytes_per_device["cpu"], state_bytes=32 * 24 * near)
+    assert TorchFactory().plan(tight).detail == plan.detail.__class__("packed16", 80_000, 32, True)
+    short = make_tiny("gemma3_text", sliding_window_pattern=3).directory
+    assert not TorchFactory().plan(order(short)).detail.windowed, "slots would be larger than the contexts"
+
+
+def test_windows_are_kept_where_a_budget_is_good_for_more_tokens_then(make_tiny: Callable[..., Any]) -> None:
+    path, shape = long_gemma(make_tiny)
+    fixed = shape.weight_bytes("packed16") + PROCESS_BYTES
+    slots = 8 * (24 + 512) * shape.near_bytes_per_token
+    little = TorchFactory().plan(order(path, memory_bytes=fixed + slots + 1000 * shape.kv_bytes_per_token))
+    assert not little.detail.windowed
+    assert little.detail.cache_tokens > 3000
+    much = TorchFactory().plan(order(path, memory_bytes=fixed + 20_000 * shape.kv_bytes_per_token))
+    assert much.detail.windowed
+    assert much.limit.context == 40_000
+    assert much.detail.cache_tokens > 1.5 * 20_000
+
+
+@pytest.mark.parametrize("option", ["cuda_paged", "cuda_graphs"])
+def test_a_cache_in_pages_keeps_all_rows(make_tiny: Callable[..., Any], option: str) -> None:
+    path, _ = long_gemma(make_tiny)
+    gpu = order(path, devices=("GPU-a",))
+    plan = TorchFactory().plan(gpu)
+    assert plan.detail.windowed
+    assert plan.bytes_per_device["cpu"] == 32 * 24 * read_shape_of(path).near_bytes_per_token
+    assert not TorchFactory(options={option: True}).plan(gpu).detail.windowed
+    assert TorchFactory(options={option: True}).plan(order(path)).detail.windowed, "there are none on CPUs"
+
+
+def test_a_model_all_of_whose_layers_have_a_window_takes_no_more_with_its_context(
+    make_tiny: Callable[..., Any],
+) -> None:
+    path = make_tiny("mistral", max_position_embeddings=40_000).directory
+    shape = read_shape_of(path)
+    plan = TorchFactory().plan(order(path, prefix_cache=False))
+    fixed = shape.weight_bytes("packed16") + PROCESS_BYTES + 8 * (40 + 512) * shape.kv_bytes_per_token
+    assert plan.bytes_per_device == {"cpu": fixed}
+    within = TorchFactory().plan(order(path, memory_bytes=fixed, prefix_cache=False))
+    assert (within.detail.windowed, within.detail.cache_tokens) == (True, 80_000)
+    below = TorchFactory().plan(order(path, memory_bytes=fixed - 1, prefix_cache=False))
+    assert not below.detail.windowed
+    with pytest.raises(BadRequest, match="does not fit"):
+        TorchFactory().plan(order(path, memory_bytes=PROCESS_BYTES))
+
+
+def read_shape_of(path: Path) -> ModelShape:
+    with open_checkpoint(path) as checkpoint:
+        return read_shape(checkpoint)
 
 
 def test_a_budget_is_taken_as_it_is_and_the_cache_gets_what_is_left(tiny: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -43,6 +43,13 @@ _ROUND: Final = 64
 STATES_SHARE: Final = 8
 """Of a budget, one part in so many is for states that are kept."""
 PREFILL_CHUNK: Final = 512
+SAVES: Final = 1.5
+"""Layers with a window keep only that where a budget is good for so many times the tokens then, or where
+without one the cache takes that much less: with all rows kept, a prompt goes on from any known token."""
+WINDOWS_EACH: Final = 4
+"""Windows that are kept on the host, at most, for each sequence that may run."""
+PAGED_BY: Final = ("cuda_paged", "cuda_graphs")
+"""Options with which the cache has pages."""
 PATIENCE: Final = 10
 """A step of ranks may take so many times as long as one of their waits for each other, which the watchdog
 limits."""
@@ -54,7 +61,37 @@ class _Detail(msgspec.Struct, frozen=True):
     dtype: str
     cache_tokens: int
     checkpoints: int
+    windowed: bool
     options: Mapping[str, Any] = {}
+
+
+class _Sizes(NamedTuple):
+    """Bytes of a rank: of each token in the cache, each slot that a sequence runs in, and each checkpoint."""
+
+    token: int
+    slot: int
+    checkpoint: int
+
+    @classmethod
+    def of(cls, share: ModelShape, *, windowed: bool) -> _Sizes:
+        """`windowed`: layers with a window keep that only."""
+        token, state = share.kv_bytes_per_token, share.state_bytes
+        if not windowed:
+            return cls(token, state, state)
+        near, window = share.near_bytes_per_token, share.window or 0
+        return cls(token - near, state + near * (window + PREFILL_CHUNK), state + near * window)
+
+
+class _Room(NamedTuple):
+    """Of each rank: tokens that its cache holds and checkpoints that there are; bytes of these and the slots,
+    of all beside the cache, and of all with a cache of the shortest context."""
+
+    sizes: _Sizes
+    tokens: int
+    checkpoints: int
+    held: int
+    fixed: int
+    needed: int
 
 
 class TorchFactory:
@@ -82,10 +119,11 @@ class TorchFactory:
         """Reads the checkpoint's header.
 
         Without a budget: weights, a cache for two full contexts, and the process. With one, the cache
-        takes what weights and process leave. Of several ranks each has its share of weights and cache and
-        a process; those on the same device share its budget. States that are kept lie on the host, also of
-        what runs elsewhere. Raises BadRequest for options that do not exist here, for a budget that is too
-        small and for ranks that cannot divide the model, LoadFailed for a checkpoint that cannot be run.
+        takes what weights and process leave. Layers with a window keep only that where it is worth it. Of
+        several ranks each has its share of weights and cache and a process; those on the same device share
+        its budget. States that are kept lie on the host, also of what runs elsewhere. Raises BadRequest for
+        options that do not exist here, for a budget that is too small and for ranks that cannot divide the
+        model, LoadFailed for a checkpoint that cannot be run.
         """
         ranks = len(order.devices)
         with open_checkpoint(Path(order.path)) as checkpoint:
@@ -95,29 +133,34 @@ class TorchFactory:
         if hindrance is not None:
             raise BadRequest(f"{order.model_id}: {hindrance}", param="tensor_parallel")
         share = largest_share(shape, ranks)
-        together = max(order.devices.count(device) for device in order.devices)
-        fixed = rank_weight_bytes(shape, ranks, dtype, packs=order.devices[0] == CPU) + PROCESS_BYTES
-        fixed += order.max_running * share.state_bytes
-        least = _least_context(share) * share.kv_bytes_per_token
-        checkpoints = _checkpoints(share, ranks, order, together * (fixed + least))
-        on_host = order.devices[0] == CPU
-        fixed += checkpoints * on_host * share.state_bytes
+        weights = rank_weight_bytes(shape, ranks, dtype, packs=order.devices[0] == CPU)
+        room = _room(order, share, weights, windowed=False)
+        windowed = False
+        if share.sliding_layers and not self._has_pages(order):
+            near = _room(order, share, weights, windowed=True)
+            windowed = _is_better(near, room, order, share)
+            room = near if windowed else room
+        together = _together(order)
         if order.memory_bytes is None:
-            cache_tokens = 2 * shape.max_position
-            size = together * (fixed + cache_tokens * share.kv_bytes_per_token)
+            size = together * (room.fixed + room.tokens * room.sizes.token)
         else:
-            cache_tokens = _cache_within(order.memory_bytes, together, fixed, share, order)
+            _check_room(room, share, order)
             size = order.memory_bytes
-        sizes = dict.fromkeys(order.devices, size)
-        if checkpoints and not on_host:
-            sizes[CPU] = ranks * checkpoints * share.state_bytes
-        context = min(shape.max_position, cache_tokens)
+        bytes_per_device = dict.fromkeys(order.devices, size)
+        if room.checkpoints and order.devices[0] != CPU:
+            bytes_per_device[CPU] = ranks * room.checkpoints * room.sizes.checkpoint
+        context = min(shape.max_position, room.tokens)
         return LoadPlan(
             order=order,
-            bytes_per_device=sizes,
+            bytes_per_device=bytes_per_device,
             limit=Limit(context=context, input=context, output=context),
-            detail=_Detail(dtype, cache_tokens, checkpoints, self._options),
+            detail=_Detail(dtype, room.tokens, room.checkpoints, windowed, self._options),
         )
+
+    def _has_pages(self, order: LoadOrder) -> bool:
+        """Whether the cache has pages, which keep all rows of every layer."""
+        options = {**self._options, **order.options}
+        return order.devices[0] != CPU and any(options.get(name) is True for name in PAGED_BY)
 
     def _form(self, order: LoadOrder, checkpoint: Checkpoint) -> str:
         """How the weights are to be held, one of DTYPES. Raises BadRequest."""
@@ -208,23 +251,56 @@ def check_quant(quant: str | None, checkpoint: Checkpoint) -> None:
     )
 
 
-def _cache_within(budget: int, together: int, fixed: int, share: ModelShape, order: LoadOrder) -> int:
-    """Tokens of cache that fit beside `fixed` bytes into each of the parts of a device's budget.
+def _together(order: LoadOrder) -> int:
+    """Ranks on the device that has most of them."""
+    return max(order.devices.count(device) for device in order.devices)
 
-    Raises BadRequest if that is no reasonable context.
+
+def _room(order: LoadOrder, share: ModelShape, weights: int, *, windowed: bool) -> _Room:
+    """What there is to have beside so many bytes of weights: within the budget, or without one a cache for
+    two full contexts. Tokens may be too few. `windowed`: layers with a window keep that only.
     """
-    tokens = max(0, budget // together - fixed) // share.kv_bytes_per_token
+    sizes = _Sizes.of(share, windowed=windowed)
+    together, most = _together(order), 2 * share.max_position
+    before = weights + PROCESS_BYTES
+    least = _least_context(share) * sizes.token
+    slots = order.max_running * sizes.slot
+    checkpoints = _checkpoints(order, sizes.checkpoint, together * (before + slots + least))
+    if windowed:
+        checkpoints = min(checkpoints, WINDOWS_EACH * order.max_running)
+    held = slots + (checkpoints * sizes.checkpoint if order.devices[0] == CPU else 0)
+    fixed = before + held
+    tokens = most
+    if order.memory_bytes is not None:
+        left = order.memory_bytes // together - fixed
+        # Where no layer attends to everything, a token in the cache takes nothing.
+        tokens = max(0, left) // sizes.token if sizes.token else most * (left >= 0)
+        tokens = tokens if tokens < _ROUND else tokens // _ROUND * _ROUND
+    return _Room(sizes, tokens, checkpoints, held, fixed, together * (fixed + least))
+
+
+def _is_better(near: _Room, plain: _Room, order: LoadOrder, share: ModelShape) -> bool:
+    """Whether layers with a window should keep that only."""
+    if order.memory_bytes is None:
+        taken = [room.held + room.tokens * room.sizes.token for room in (near, plain)]
+        return taken[0] * SAVES <= taken[1]
     least = _least_context(share)
-    if tokens < least:
-        needed = together * (fixed + least * share.kv_bytes_per_token)
+    if max(near.tokens, plain.tokens) < least:
+        return near.needed < plain.needed
+    return near.tokens >= max(least, SAVES * plain.tokens)
+
+
+def _check_room(room: _Room, share: ModelShape, order: LoadOrder) -> None:
+    """Raises BadRequest if the budget leaves no reasonable context."""
+    least, together, budget = _least_context(share), _together(order), order.memory_bytes or 0
+    if room.tokens < least:
         raise BadRequest(
             f"{order.model_id} does not fit into {budget // MIB:,} MB: weights and process take "
-            f"{together * fixed // MIB:,} MB, and with a context of {least} tokens it takes "
-            f"{-(-needed // MIB):,} MB. Give it more with memory_mb, or free the device.",
+            f"{together * room.fixed // MIB:,} MB, and with a context of {least} tokens it takes "
+            f"{-(-room.needed // MIB):,} MB. Give it more with memory_mb, or free the device.",
             param="memory_mb",
-            details={"memory_bytes": budget, "needed_bytes": needed},
+            details={"memory_bytes": budget, "needed_bytes": room.needed},
         )
-    return tokens if tokens < _ROUND else tokens // _ROUND * _ROUND
 
 
 def _least_context(share: ModelShape) -> int:
@@ -232,16 +308,17 @@ def _least_context(share: ModelShape) -> int:
     return min(MIN_CONTEXT, share.max_position)
 
 
-def _checkpoints(share: ModelShape, ranks: int, order: LoadOrder, needed: int) -> int:
-    """How many states fit into what the order allows for them, on all ranks together. Of the host's budget
-    for a model that runs there, they get their share, less where the model has not the `needed` bytes else.
+def _checkpoints(order: LoadOrder, each: int, needed: int) -> int:
+    """How many of `each` bytes fit into what the order allows for them, on all ranks together. Of the host's
+    budget for a model that runs there, they get their share, less where the model has not the `needed` bytes
+    else.
     """
-    if not share.state_bytes or not order.prefix_cache:
+    if not each or not order.prefix_cache:
         return 0
     allowed = order.state_bytes
     if order.memory_bytes is not None and order.devices[0] == CPU:
         allowed = min(allowed, order.memory_bytes // STATES_SHARE, max(0, order.memory_bytes - needed))
-    return allowed // (ranks * share.state_bytes)
+    return allowed // (len(order.devices) * each)
 
 
 def _options(plan: LoadPlan) -> dict[str, Any]:
@@ -263,5 +340,6 @@ def _order(plan: LoadPlan) -> Load:
         max_wait_s=order.max_wait_s,
         prefix_cache=order.prefix_cache,
         checkpoints=detail.checkpoints,
+        windowed=detail.windowed,
         options=_options(plan),
     )

@@ -67,11 +67,15 @@ class World:
         running: int,
         wait: float | None,
         kept: int | None = None,
+        stride: int | None = None,
     ) -> None:
-        """`kept` is how many checkpoints of states there may be, None for a model without states."""
+        """`kept` is how many checkpoints of states there may be on the host, None for a model without states;
+        `stride` of how many tokens a segment may hold a multiple only at its end, if not None.
+        """
         self.now = 0.0
         self.pool = BlockPool(-(-context // size) + spare, size, caching=caching)
         self.context = context
+        self.stride = None if kept is None else stride
         self.most = running
         self.made = Scheduler(
             self.pool,
@@ -81,7 +85,7 @@ class World:
             clock=lambda: self.now,
             max_running=running,
             max_wait_s=wait,
-            states=None if kept is None else StateBooks(running, kept, block=size, apart=4),
+            states=None if kept is None else StateBooks(running, kept, block=size, apart=4, stride=stride),
         )
         self.slots: dict[int, tuple[int, ...]] = {}
         self.resumed = 0
@@ -163,7 +167,9 @@ class World:
                 changed.add(copy.target + index)
             self.copied += 1
         for copy in plan.states:
-            self.slots[copy.target] = self.slots[copy.source]
+            state = self.slots[copy.source]
+            assert len(state) == copy.tokens or state == GARBAGE, "a state has seen something else"
+            self.slots[copy.target] = state
             self.resumed += copy.target < self.most
         written: dict[int, tuple[int, ...]] = {}
         ids = iter(plan.ids)
@@ -241,6 +247,8 @@ class World:
             assert segment.slot == sequence.slot
             if self.made.states.active:
                 assert 0 <= segment.slot < self.most
+                if self.stride is not None:
+                    assert segment.start // self.stride == (segment.end - 1) // self.stride
                 seen = self.slots[segment.slot] if segment.start else ()
                 assert seen == tuple(sequence.tokens[: segment.start]), "a state is of something else"
                 self.slots[segment.slot] = tuple(sequence.tokens[: segment.end])
@@ -321,6 +329,7 @@ SHAPES: dict[str, Any] = {
     "running": st.sampled_from([1, 3, 8]),
     "wait": st.sampled_from([None, 30.0]),
     "kept": st.sampled_from([None, None, 0, 1, 3, 30]),
+    "stride": st.sampled_from([None, 1, 7, 16]),
 }
 
 
@@ -426,9 +435,12 @@ def test_random_traffic_over_caches_of_other_shapes(size: int, caching: bool, sp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "kept", "spare"), [(4, 6, 20), (4, 40, 60), (2, 3, 0), (16, 12, 8)])
+@pytest.mark.parametrize(
+    ("size", "kept", "spare", "stride"),
+    [(4, 6, 20, None), (4, 40, 60, 24), (2, 3, 0, None), (16, 12, 8, 7), (4, 0, 20, 16)],
+)
 def test_random_traffic_with_states_resumes_from_what_they_have_seen(
-    size: int, kept: int, spare: int
+    size: int, kept: int, spare: int, stride: int | None
 ) -> None:
     world = walk(
         kept,
@@ -441,9 +453,10 @@ def test_random_traffic_with_states_resumes_from_what_they_have_seen(
         running=8,
         wait=None,
         kept=kept,
+        stride=stride,
     )
     assert world.finished > 150
     assert min(30 * world.preempted, world.hits) > 40
     assert world.resumed > 20
     assert min(world.layered, world.given_up) > 10
-    assert world.made.states.kept <= kept
+    assert world.made.states.kept <= kept + 8

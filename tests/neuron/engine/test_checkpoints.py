@@ -5,19 +5,21 @@ from __future__ import annotations
 import pytest
 
 from cortex.hookspecs import Sampling
-from cortex.neuron.engine.blocks import Block, BlockPool, Match
+from cortex.neuron.engine.blocks import NOTHING, Block, BlockPool, Match
 from cortex.neuron.engine.checkpoints import APART, StateBooks
 from cortex.neuron.engine.messages import Generate
 from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.planning import Scheduled
 from cortex.neuron.engine.scheduler import Scheduler
-from cortex.neuron.nn.plan import NO_SLOT, Copy
+from cortex.neuron.nn.plan import NO_SLOT, StateCopy
 
 END = 9
 SIZE = 4
 
 
-def scheduler(*, kept: int = 8, running: int = 4, chunk: int = 100, caching: bool = True) -> Scheduler:
+def scheduler(
+    *, kept: int = 8, running: int = 4, chunk: int = 100, caching: bool = True, stride: int | None = None
+) -> Scheduler:
     return Scheduler(
         BlockPool(200, SIZE, caching=caching),
         context=400,
@@ -25,7 +27,7 @@ def scheduler(*, kept: int = 8, running: int = 4, chunk: int = 100, caching: boo
         vocab=100,
         clock=lambda: 0.0,
         max_running=running,
-        states=StateBooks(running, kept, block=SIZE, apart=8),
+        states=StateBooks(running, kept, block=SIZE, apart=8, stride=stride),
     )
 
 
@@ -115,23 +117,52 @@ def test_a_state_is_copied_before_its_slot_is_anothers() -> None:
     ]
     assert [plan.states for plan in plans] == [
         [],
-        [Copy(0, 1, 1)],
-        [Copy(0, 2, 1), Copy(2, 0, 1)],
-        [Copy(0, 2, 1)],  # where the first one's end was, as another block goes on from there now
+        [StateCopy(0, 1, 28)],
+        [StateCopy(0, 2, 30)],  # the end of the first one, which the second one goes on from where it is
+        [StateCopy(0, 2, 48)],  # there instead, as another block goes on from that end now
     ]
     assert {plan.segments[0].slot for plan in plans} == {0}
 
 
-def test_a_state_that_is_still_to_be_copied_is_not_lost_where_there_is_nothing_to_do() -> None:
-    made = scheduler()
-    run(made, 1, message(1, 30))
+def test_the_last_slot_is_taken_over_where_there_is_no_room_for_what_is_in_it() -> None:
+    made = scheduler(running=1, kept=0)
+    ids = message(1, 30)
+    assert run(made, 1, ids, max_tokens=1)[1] == 0
+    assert made.states.kept == 1
+    ask(made, 2, [*ids, *message(2, 20)], max_tokens=1)
+    scheduled = step(made)
+    assert scheduled.plan.segments[0].start == 30
+    assert scheduled.plan.states == []
+    assert made.states.kept == 1, "the state after the second one"
+
+
+def test_who_runs_gets_the_slot_that_was_unused_for_longest_and_what_was_there_goes_to_the_host() -> None:
+    made = scheduler(running=2, kept=8)
+    for key in (1, 2):
+        run(made, key, message(key, 30), max_tokens=1)
+    ask(made, 3, message(3, 30), max_tokens=1)
+    scheduled = step(made)
+    (move,) = scheduled.plan.states
+    assert move == StateCopy(scheduled.plan.segments[0].slot, move.target, 30)
+    assert move.target >= 2
+    while not made.idle:
+        step(made)
+    assert run(made, 4, [*message(1, 30), 1])[1] == 30, "there it is found again"
+
+
+def test_a_copy_that_is_still_to_be_made_is_not_lost_where_there_is_nothing_to_do() -> None:
+    made = scheduler(running=1)
+    run(made, 1, message(1, 30), max_tokens=1)
+    ask(made, 2, message(2, 30), max_tokens=1)
+    made._admit()
+    made.cancel(2)
     assert made.schedule() is None
-    ask(made, 2, message(2, 30))
-    assert Copy(0, 5, 1) in step(made).plan.states
+    ask(made, 3, message(3, 30))
+    assert StateCopy(0, 2, 30) in step(made).plan.states
 
 
 def test_the_one_unused_for_longest_gives_way() -> None:
-    made = scheduler(kept=4)
+    made = scheduler(kept=3, running=1)
     prompts = [message(seed, 30) for seed in (1, 2, 3)]
     for key, ids in enumerate(prompts[:2]):
         run(made, key, ids)  # keeps two each
@@ -143,18 +174,34 @@ def test_the_one_unused_for_longest_gives_way() -> None:
     assert run(made, 8, [*prompts[2], 1])[1] == 28
 
 
-@pytest.mark.parametrize(("kept", "caching"), [(0, True), (4, False)])
-def test_without_room_or_cache_nothing_is_kept_and_all_is_computed(kept: int, caching: bool) -> None:
-    made = scheduler(kept=kept, caching=caching)
+def test_without_a_cache_nothing_is_kept_and_all_is_computed() -> None:
+    made = scheduler(caching=False)
     for key in (1, 2):
         assert run(made, key, message(1, 30)) == ([[0, 30]], 0), "nor is prefill cut"
     assert made.states.kept == 0
+
+
+def test_without_room_on_the_host_slots_that_nobody_runs_in_are_kept_until_they_are_needed() -> None:
+    made = scheduler(kept=0, running=3)
+    assert run(made, 1, message(1, 30)) == ([[0, 28], [28, 30]], 0)
+    assert made.states.kept == 2, "the end of the prompt and that of the reply"
+    assert run(made, 2, message(1, 30))[1] == 28
+    run(made, 3, message(2, 30))
+    assert made.states.kept == 3
+    assert run(made, 4, message(1, 30))[1] == 28, "what was used last is kept"
+
+
+def test_no_step_computes_tokens_on_both_sides_of_a_stride() -> None:
+    made = scheduler(stride=16)
+    assert run(made, 1, message(1, 30)) == ([[0, 16], [16, 28], [28, 30]], 0)
+    assert run(made, 2, [*message(1, 30), 50, 50, *message(3, 25)])[0] == [[32, 48], [48, 56], [56, 57]]
 
 
 def test_a_state_goes_with_its_block() -> None:
     made = scheduler()
     run(made, 1, message(1, 30))
     assert made.states.kept == 2
+    assert len(made.states._free) < 4
     made.pool.forget_idle()
     assert made.states.kept == 0
     made.states.check([], [])
@@ -164,8 +211,8 @@ def test_a_partly_known_block_is_of_use_only_whole() -> None:
     books = StateBooks(1, 2, block=SIZE)
     first, end = Block(0), Block(1)
     end.tokens = (1, 2, 3)
-    books.keep(0, first)
-    books.keep(0, end)
+    books.keep(0, first, 4)
+    books.keep(0, end, 7)
     assert books.usable(Match([first], end, 3)) == Match([first], end, 3)
     assert books.usable(Match([first], end, 2)) == Match([first], None, 0)
     books.forget(first)
@@ -177,12 +224,16 @@ def test_a_partly_known_block_is_of_use_only_whole() -> None:
 def test_the_check_finds_books_that_do_not_agree() -> None:
     books = StateBooks(2, 2, block=SIZE)
     block = Block(0)
-    books.keep(0, block)
+    books.keep(0, block, 4)
     books.check([], [block])
     with pytest.raises(AssertionError, match="a state is lost"):
         books.check([], [])
     with pytest.raises(AssertionError, match="two owners"):
         books.check([0], [block])
+    slot = books.begin(NOTHING)
+    books.check([slot], [block])
+    with pytest.raises(AssertionError, match="a slot is lost"):
+        books.check([], [block])
 
 
 @pytest.mark.parametrize("forgets", [False, True])

@@ -34,7 +34,14 @@ def seen(step: Step) -> Tensor:
     """A model that gives each row back: id, position, slot, keys, first and last page of its table."""
     pages = step.pages
     assert pages is not None
-    rows = (step.ids, step.positions, step.slots, pages.key_counts, pages.table[:, 0], pages.table[:, -1])
+    rows = (
+        step.ids,
+        step.positions,
+        step.full.slots,
+        pages.key_counts,
+        pages.table[:, 0],
+        pages.table[:, -1],
+    )
     return torch.stack([row.to(torch.float32) for row in rows], dim=1)
 
 

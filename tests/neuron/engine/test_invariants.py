@@ -47,6 +47,8 @@ class Case(NamedTuple):
     options: dict[str, Any]
     form: Dtype
     tolerance: float
+    stride: int | None = None
+    """Layers with a window have slots of their own, and stretches of so many tokens there."""
 
 
 RECURRENT: dict[Dtype, float] = {"float32": 5e-4, "packed16": 3e-3, "int8": 5e-3}
@@ -56,24 +58,33 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"num_key_value_heads": 3},
     "gemma3_text": {"num_hidden_layers": 2, "sliding_window": 20},
+    "gemma3_text in slots": {"num_hidden_layers": 2, "sliding_window": 20},
+    "mistral in slots": {"num_hidden_layers": 2, "sliding_window": 10},
     "qwen3_moe": {"num_hidden_layers": 2},
     "qwen3_5_text": {},
     "qwen3_5_moe_text": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
 }
 """Kinds that transformers makes, and what is changed in their configuration: with full attention, windows,
-experts, recurrent layers, and the last two together."""
-LONG = {"qwen2", "qwen3_moe", "qwen3_5_text"}
+windows in slots, beside full attention and alone, experts, recurrent layers, and the last two together."""
+STRIDES = {"gemma3_text in slots": 24, "mistral in slots": 7}
+LONG = {"qwen2", "qwen3_moe", "qwen3_5_text", "mistral in slots"}
 """Those of which others have everything too."""
 CASES = [
     pytest.param(
-        Case(kind, options, form, RECURRENT[form] if "3_5" in kind else tolerance),
-        id=f"{kind}-{form}",
+        Case(
+            name.split()[0],
+            options,
+            form,
+            RECURRENT[form] if "3_5" in name else tolerance,
+            STRIDES.get(name),
+        ),
+        id=f"{name}-{form}",
         # Forms differ in what multiplies, the same for all kinds; int8 is one plane where packed16 has two.
         marks=[pytest.mark.long]
-        if kind in LONG or form == "int8" or (kind != "llama" and form != "float32")
+        if name in LONG or form == "int8" or (name != "llama" and form != "float32")
         else [],
     )
-    for kind, options in MODELS.items()
+    for name, options in MODELS.items()
     for form, tolerance in TOLERANCES.items()
 ]
 
@@ -92,6 +103,7 @@ class Engine:
     def __init__(self, runner: Runner, *, rows: int = ROWS, chunk: int = 512, **settings: Any) -> None:
         self._runner = runner
         caching = settings.pop("caching", True)
+        stride = runner._near.stride if runner._near else None
         self.pace = Pace(chunk, runner.shape.layers, runner.shape.even_context)
         self.scheduler = Scheduler(
             BlockPool(rows // BLOCK, BLOCK, caching=caching),
@@ -99,7 +111,7 @@ class Engine:
             pace=self.pace,
             vocab=runner.shape.vocab,
             clock=lambda: 0.0,
-            states=StateBooks(8, KEPT, block=BLOCK) if runner.shape.delta is not None else None,
+            states=StateBooks(8, KEPT, block=BLOCK, stride=stride) if runner._pools else None,
             **settings,
         )
         self.told: dict[int, Told] = {}
@@ -107,9 +119,8 @@ class Engine:
         self.moved = self.layered = 0
         """Blocks that were copied whole, and steps in which a chunk passed some layers."""
         runner._cache._stored.fill_(float("nan"))
-        for slots in runner._states.layers if runner._states is not None else []:
-            slots.conv.fill_(float("nan"))
-            slots.memory.fill_(float("nan"))
+        for stored in [part for pool in runner._pools for part in pool.stored]:
+            stored.fill_(float("nan"))
 
     def add(self, order: Generate) -> None:
         assert self.scheduler.add(order) is None
@@ -175,6 +186,7 @@ def load(case: Case, make_tiny: Callable[..., Any]) -> Callable[[], Runner]:
                 report=lambda done, total: None,
                 working=8,
                 kept=KEPT,
+                stride=case.stride,
             )
 
     return load
@@ -308,7 +320,7 @@ def test_a_known_beginning_is_a_computed_one(
     branch = order(20, [*ids[:70], *prompt(70, 20)])
     again = order(21, branch.ids)
     # A state is kept where a conversation is likely to go on, and not where this one happens to branch.
-    known = (70, 89) if runner.shape.delta is None else (32, 32)
+    known = (32, 32) if runner._pools else (70, 89)
     for question, cached in zip((branch, again), known, strict=True):
         (told,) = engine.run(question)
         assert told.cached == cached
@@ -324,7 +336,7 @@ def test_eight_who_share_a_beginning_at_once_are_eight_who_do_not(
     mine = [order(key, [*shared[: 100 - 7 * key], *prompt(key, 5)]) for key in range(1, 9)]
     engine = Engine(runner, chunk=32)
     found = engine.run(*mine)
-    assert engine.scheduler.counts.hit > (300 if runner.shape.delta is None else 100)
+    assert engine.scheduler.counts.hit > (100 if runner._pools else 300)
     all_same(found, [alone(each) for each in mine], case)
 
 

@@ -191,7 +191,10 @@ def test_a_window_that_does_not_show_changes_no_step() -> None:
     assert prepare(plan, CPU, window=16).near is None
     near = prepare(plan, CPU, window=15).near
     assert near is not None
-    assert [(view.start, view.length, view.mask) for view in near.views] == [(21, 15, None), (0, 12, None)]
+    assert [(view.start, view.length, view.mask) for view in near.looks.views] == [
+        (21, 15, None),
+        (0, 12, None),
+    ]
 
 
 # --- any layout -----------------------------------------------------------------------------------
@@ -334,7 +337,7 @@ def test_tokens_are_taken_a_whole_window_at_a_time() -> None:
     """Of so many the last one still sees the first; more views than that would be more work."""
     step = prepare(StepPlan([0] * 12, [Segment(0, 12, [(0, 12)])], []), CPU, window=4)
     assert step.near is not None
-    views = step.near.views
+    views = step.near.looks.views
     assert [(view.first, view.last) for view in views if view.causal] == [(0, 4), (4, 8), (8, 12)]
     before = [(view.first, view.last, view.start, view.length) for view in views if not view.causal]
     assert before == [(4, 7, 1, 3), (8, 11, 5, 3)]

@@ -30,14 +30,19 @@ class Computing:
     A sequence has the slot of the row in which it begins. What nobody has written is NaN.
     """
 
-    def __init__(self, path: Path, dtype: Dtype = "float32") -> None:
+    def __init__(self, path: Path, dtype: Dtype = "float32", stride: int | None = None) -> None:
         placement = Placement(torch.device("cpu"), dtype)
         runner = load_runner(
-            path, placement, cache_rows=CACHE, report=lambda done, total: None, working=SLOTS
+            path,
+            placement,
+            cache_rows=CACHE,
+            report=lambda done, total: None,
+            working=SLOTS,
+            stride=stride,
         )
         runner._cache._stored.fill_(NAN)
-        for state in [] if runner._states is None else runner._states._slots:
-            state.fill_(NAN)
+        for stored in [part for pool in runner._pools for part in pool.stored]:
+            stored.fill_(NAN)
         self.shape = runner.shape
         self.weight_bytes, self.cache_bytes = runner.weight_bytes, runner.cache_bytes
         self._runner = runner

@@ -25,7 +25,7 @@ from cortex.neuron.nn.delta import GatedDeltaNet, OutputLinear
 from cortex.neuron.nn.delta_rule import Heads, recur, scan
 from cortex.neuron.nn.linear import Linear
 from cortex.neuron.nn.placement import Dtype, Placement, Share
-from cortex.neuron.nn.step import Looks, Span, States, Step
+from cortex.neuron.nn.step import Access, Looks, Span, States, Step
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
 from cortex.neuron.weights.loader import load
 
@@ -234,7 +234,7 @@ def stepped(*parts: tuple[int, int], device: torch.device = CPU) -> Step:
         tuple(spans),
     )
     nothing = torch.empty(0, dtype=torch.int64, device=device)
-    return Step(nothing, nothing, nothing, Looks((), False), None, states=states)
+    return Step(nothing, nothing, None, Access(nothing, None, Looks((), False)), states=states)
 
 
 def run(layer: GatedDeltaNet, x: Tensor, state: State, *parts: tuple[int, int]) -> Tensor:

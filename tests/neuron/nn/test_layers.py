@@ -140,11 +140,11 @@ def test_a_step_gives_each_segment_its_rows_and_each_token_its_position() -> Non
     step = prepare(StepPlan([7, 8, 9, 5], [chunk, token], [2, 3]), CPU)
     assert step.ids.tolist() == [7, 8, 9, 5]
     assert step.positions.tolist() == [4, 5, 6, 9]
-    assert step.slots.tolist() == [32, 33, 34, 9]
+    assert step.full.slots.tolist() == [32, 33, 34, 9]
     assert step.wanted is not None
     assert step.wanted.tolist() == [2, 3]
-    assert not step.looks.in_order
-    assert step.looks.views == (
+    assert not step.full.looks.in_order
+    assert step.full.looks.views == (
         View(3, 4, None, 0, 10, False, True),
         View(0, 3, None, 0, 3, True, True),
         View(0, 3, None, 20, 2, False, False),
@@ -158,10 +158,10 @@ def test_rows_that_see_the_same_run_look_together() -> None:
     segments = [Segment(sum(count for _, count in seen) - 1, 1, seen) for seen in runs]
     step = prepare(StepPlan([1, 2, 3, 4], segments, [0, 1, 2, 3]), CPU)
     assert step.wanted is None
-    assert step.slots.tolist() == [20, 7, 31, 53]
+    assert step.full.slots.tolist() == [20, 7, 31, 53]
     looked = [
         ([*range(view.first, view.last)] if view.rows is None else view.rows.tolist(), view.start, view.fresh)
-        for view in step.looks.views
+        for view in step.full.looks.views
     ]
     assert looked == [
         ([0, 1, 2, 3], 0, True),
@@ -181,7 +181,7 @@ def tokens(runs: list[list[Run]]) -> StepPlan:
 def test_what_rows_see_in_one_short_run_each_is_gathered() -> None:
     """All but those of row 1, which has two runs, and of rows 2 and 3, which have the same one."""
     runs = [[(0, 5)], [(10, 4), (20, 3)], [(30, 6)], [(30, 6)], [(40, 8)], [(60, 7)]]
-    looks = prepare(tokens(runs), CPU).looks
+    looks = prepare(tokens(runs), CPU).full.looks
     assert not looks.in_order
     gathered = [view for view in looks.views if isinstance(view, Gathered)]
     (found,) = gathered
@@ -202,7 +202,9 @@ def test_rows_are_gathered_with_those_that_see_about_as_much_and_not_with_too_ma
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def together(lengths: list[int]) -> list[tuple[int, int, int]]:
-        looks = prepare(tokens([[(500 * index, length)] for index, length in enumerate(lengths)]), CPU).looks
+        looks = prepare(
+            tokens([[(500 * index, length)] for index, length in enumerate(lengths)]), CPU
+        ).full.looks
         return [(view.first, view.last, view.length) for view in looks.views if isinstance(view, Gathered)]
 
     longest = GATHERED["cpu"]
@@ -214,7 +216,7 @@ def test_rows_are_gathered_with_those_that_see_about_as_much_and_not_with_too_ma
     assert together([longest] * 9) == [(0, 8, longest)], "and the ninth looks for itself"
     monkeypatch.setitem(steps.MOST_GATHERED, "cpu", 64)
     assert together([20] * 5) == [(0, 2, 20), (2, 4, 20)]
-    looks = prepare(tokens([[(500 * index, 20)] for index in range(4)]), CPU).looks
+    looks = prepare(tokens([[(500 * index, 20)] for index in range(4)]), CPU).full.looks
     assert looks.in_order
     assert {view.mask for view in looks.views} == {None}
 
@@ -234,7 +236,7 @@ def test_a_step_knows_whether_its_views_give_its_rows_in_order(
     segments: list[Segment], in_order: bool
 ) -> None:
     ids = [0] * sum(segment.length for segment in segments)
-    assert prepare(StepPlan(ids, segments, []), CPU).looks.in_order is in_order
+    assert prepare(StepPlan(ids, segments, []), CPU).full.looks.in_order is in_order
 
 
 def test_parts_are_the_rows_of_some_tokens() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cortex.neuron.nn.plan import Copy
-from cortex.neuron.nn.step import Gathered, Step, View
+from cortex.neuron.nn.step import Access, Gathered, Step, View
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 """Scales by 1 / sqrt(width) by itself, as `_plain` does; gives the log of the sum of exponentials too."""
@@ -86,15 +86,16 @@ class LayerRuns:
 
     def write(self, step: Step, keys_values: Tensor) -> None:
         """Store fp32 [T, 2, kv_heads, width] in the rows of the step."""
-        if step.first_slot is not None:
-            self._stored.narrow(0, step.first_slot, keys_values.shape[0]).copy_(keys_values)
+        access = self._access(step)
+        if access.first_slot is not None:
+            self._stored.narrow(0, access.first_slot, keys_values.shape[0]).copy_(keys_values)
         else:
-            self._stored.index_copy_(0, step.slots, keys_values)
+            self._stored.index_copy_(0, access.slots, keys_values)
 
     def attend(self, step: Step, queries: Tensor, keys_values: Tensor) -> Tensor:
         """Causal attention of [T, heads, width] to what is stored, within the window: [T, heads * width]."""
         rows, heads, width = queries.shape
-        looks = step.near if self._near and step.near is not None else step.looks
+        looks = self._access(step).looks
         if looks.in_order:
             seen = [self._look(view, queries, keys_values)[0] for view in looks.views]
             return (seen[0] if len(seen) == 1 else torch.cat(seen)).reshape(rows, heads * width)
@@ -103,6 +104,9 @@ class LayerRuns:
         for view in looks.views:
             _merge(merged, weights, view, *self._look(view, queries, keys_values))
         return merged.view(rows, heads * width)
+
+    def _access(self, step: Step) -> Access:
+        return step.near if self._near and step.near is not None else step.full
 
     def _look(self, view: View | Gathered, queries: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor]:
         """What the view's rows see: [n, heads, width], and the log of the sum of exp(score): [n, heads]."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cortex.neuron.nn.plan import StepPlan
-from cortex.neuron.nn.step import Looks, Pages, Step
+from cortex.neuron.nn.step import Access, Looks, Pages, Step
 
 
 class Replay(Protocol):
@@ -94,7 +94,8 @@ class DecodeGraphs:
             most_keys=self._pages * self._page,
         )
         slots = full(bucket, value=self._spare)
-        return Step(full(bucket), full(bucket), slots, Looks((), True), None, None, pages)
+        access = Access(slots, None, Looks((), True))
+        return Step(full(bucket), full(bucket), None, access, pages=pages)
 
     def _fill(self, step: Step, plan: StepPlan) -> None:
         """Copy a plan into a step's tensors; the rows behind it become padding again."""
@@ -110,7 +111,7 @@ class DecodeGraphs:
         table = [part.pages(self._page) for part in plan.segments] + [[spare]] * padding
         _set(step.ids, plan.ids + [0] * padding)
         _set(step.positions, plan.positions + [0] * padding)
-        _set(step.slots, [part.last_row for part in plan.segments] + [self._spare] * padding)
+        _set(step.full.slots, [part.last_row for part in plan.segments] + [self._spare] * padding)
         _set(pages.key_counts, counts)
         _set(pages.key_ends, ends)
         _set(pages.table, [row + [spare] * (self._pages - len(row)) for row in table])

@@ -62,6 +62,7 @@ def load_model(order: Load, channel: Channel, ranks: Ranks) -> Runner:
             cuda=_cuda_options(order),
             working=order.max_running,
             kept=order.checkpoints,
+            stride=_stride(order),
         )
         torch.set_num_threads(order.threads)
         if order.world == 1 and placement.device.type == "cpu":
@@ -82,8 +83,9 @@ def load_model(order: Load, channel: Channel, ranks: Ranks) -> Runner:
 
 def make_scheduler(order: Load, shape: ModelShape) -> Scheduler:
     states = None
-    if shape.delta is not None:
-        states = StateBooks(order.max_running, order.checkpoints, block=block_size(order))
+    if shape.delta is not None or order.windowed:
+        sizes = (order.max_running, order.checkpoints)
+        states = StateBooks(*sizes, block=block_size(order), stride=_stride(order))
     return Scheduler(
         BlockPool(pool_blocks(order), block_size(order), caching=order.prefix_cache),
         context=order.context,
@@ -94,6 +96,11 @@ def make_scheduler(order: Load, shape: ModelShape) -> Scheduler:
         max_wait_s=order.max_wait_s,
         states=states,
     )
+
+
+def _stride(order: Load) -> int | None:
+    """Tokens that layers with a window keep beside it, if they keep no more."""
+    return order.prefill_chunk if order.windowed else None
 
 
 def pool_blocks(order: Load) -> int:

@@ -42,7 +42,9 @@ class Load(_Message, frozen=True, kw_only=True, tag="load"):
     max_wait_s: float | None = None
     prefix_cache: bool = True
     checkpoints: int = 0
-    """States of recurrent layers that are kept for later, where a model has such layers."""
+    """States that are kept on the host for later, where a model has layers with states."""
+    windowed: bool = False
+    """Layers with a window keep that and what a step computes, not whole sequences; they have states then."""
     rank: int = 0
     world: int = 1
     """Ranks of the model; of more than one, this is `rank`."""

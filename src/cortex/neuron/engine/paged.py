@@ -69,7 +69,7 @@ class LayerPages:
         """Store fp32 [T, 2, kv_heads, width] in the rows of the step."""
         halves = keys_values.to(self._keys.dtype)
         for which, stored in enumerate((self._keys, self._values)):
-            stored.flatten(0, 1).index_copy_(0, step.slots, halves.select(1, which))
+            stored.flatten(0, 1).index_copy_(0, step.full.slots, halves.select(1, which))
 
     def attend(self, step: Step, queries: Tensor, keys_values: Tensor) -> Tensor:
         """Causal attention of fp32 [T, heads, width] to all that is stored: [T, heads * width].

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.sequence import Sequence
-from cortex.neuron.nn.plan import Copy, Segment, StepPlan, parts
+from cortex.neuron.nn.plan import Copy, Segment, StateCopy, StepPlan, parts
 
 SHORT: Final = 4
 """Prompts of at most a chunk divided by this go before longer ones."""
@@ -73,7 +73,9 @@ class Planner:
         self._way = None
         return way.passed > 0
 
-    def plan(self, running: list[Sequence], copies: list[Copy], states: list[Copy], now: float) -> Scheduled:
+    def plan(
+        self, running: list[Sequence], copies: list[Copy], states: list[StateCopy], now: float
+    ) -> Scheduled:
         """A step of the sequences that run, one at least, after these copies."""
         decoding = [sequence for sequence in running if sequence.in_decode]
         prompts = [sequence for sequence in running if not sequence.in_decode]
@@ -125,7 +127,7 @@ class Planner:
         return min(left, self._pace.passes(seconds, way.work))
 
     def _on_the_way(
-        self, way: _Way, layers: int, copies: list[Copy], states: list[Copy], now: float
+        self, way: _Way, layers: int, copies: list[Copy], states: list[StateCopy], now: float
     ) -> Scheduled:
         """The chunk passes its next layers."""
         sequence, length, work, passed = way

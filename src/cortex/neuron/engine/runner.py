@@ -5,8 +5,9 @@ Owns model, cache and device of one rank; knows no sequences and no sampling.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,14 +16,15 @@ from cortex.neuron.engine.cache import RunCache
 from cortex.neuron.engine.graphs import DecodeGraphs
 from cortex.neuron.engine.paged import PAGE, PagedCache
 from cortex.neuron.engine.states import StatePool
+from cortex.neuron.engine.windows import WindowPool
 from cortex.neuron.models import registry
 from cortex.neuron.models.decoder import Pass
 from cortex.neuron.models.division import indivisible
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.registry import CausalModel
-from cortex.neuron.models.shape import ModelShape
+from cortex.neuron.models.shape import Kind, ModelShape
 from cortex.neuron.nn.placement import Placement
-from cortex.neuron.nn.plan import StepPlan
+from cortex.neuron.nn.plan import NearSlots, StepPlan
 from cortex.neuron.nn.step import Step, prepare
 from cortex.neuron.weights.checkpoint import open_checkpoint
 from cortex.neuron.weights.loader import Report, load
@@ -51,6 +53,7 @@ class Runner:
         weight_bytes: int,
         graphs: DecodeGraphs | None = None,
         states: StatePool | None = None,
+        windows: WindowPool | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -61,23 +64,27 @@ class Runner:
         self.weight_bytes = weight_bytes
         self.most_threads: int | None = None
         """More CPU threads than this do not make a step faster, if that is known."""
-        self._states = states
+        self._pools = tuple(pool for pool in (states, windows) if pool is not None)
+        self._near = None if windows is None else windows.sizes
         self._way: Pass | None = None
         """The chunk that goes through the model a few layers a step."""
-        self.cache_bytes = cache.nbytes + (states.nbytes if states is not None else 0)
-        keys, slots = iter(cache.layers), iter(states.layers if states is not None else [])
-        self._layers = [
-            next(slots) if shape.kind(index) == "delta" else next(keys) for index in range(shape.layers)
-        ]
+        self.cache_bytes = cache.nbytes + sum(pool.nbytes for pool in self._pools)
+        keys = iter(cache.layers)
+        of_kind: dict[Kind, Iterator[Any]] = {"full": keys, "sliding": keys}
+        if states is not None:
+            of_kind["delta"] = iter(states.layers)
+        if windows is not None:
+            of_kind["sliding"] = iter(windows.layers)
+        self._layers = [next(of_kind[shape.kind(index)]) for index in range(shape.layers)]
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
         """fp32 [wanted, vocab] on the device, of a chunk once it is through; the cache has its tokens."""
         if plan.copies:
             self._cache.copy(plan.copies)
-        if self._states is not None:
-            self._states.copy(plan.states)
-            self._states.begin(plan.chunk.segments if plan.chunk else plan.segments)
+        for pool in self._pools:
+            pool.copy(plan.states)
+            pool.begin(plan.chunk.segments if plan.chunk else plan.segments)
         if plan.layers:
             found = self._pass_layers(plan)
         else:
@@ -102,7 +109,7 @@ class Runner:
         return self._model.end(way)
 
     def _prepare(self, plan: StepPlan) -> Step:
-        return prepare(plan, self.device, self._page, self.shape.window)
+        return prepare(plan, self.device, self._page, self.shape.window, self._near)
 
 
 def load_runner(
@@ -115,9 +122,11 @@ def load_runner(
     cuda: CudaOptions = PLAIN,
     working: int = 1,
     kept: int = 0,
+    stride: int | None = None,
 ) -> Runner:
     """Load a rank's share of the checkpoint at `path`, with a cache of so many tokens and, where the model
-    has recurrent layers, slots for `working` sequences and `kept` checkpoints.
+    has layers with states, slots for `working` sequences and `kept` checkpoints. With `stride`, layers with
+    a window keep that and at most so many tokens more, also in such slots.
 
     Raises LoadFailed; what `report` raises passes through.
     """
@@ -135,13 +144,18 @@ def load_runner(
     device, share = placement.device, placement.share
     layers = shape.attention_layers
     sizes = (share.divide(shape.kv_heads), shape.head_dim, device)
-    near = [at for at, index in enumerate(layers) if shape.kind(index) == "sliding"]
     states = None
     if shape.delta is not None:
         states = StatePool(shape.delta, len(shape.delta_layers), working, kept, device, share)
+    windows = None
+    if stride is not None and shape.window is not None:
+        slots = NearSlots(shape.window, stride)
+        windows = WindowPool(slots, len(shape.sliding_layers), working, kept, *sizes)
+        layers = tuple(index for index in layers if index not in shape.sliding_layers)
+    near = [at for at, index in enumerate(layers) if index in shape.sliding_layers]
     if not (cuda.paged or cuda.graphs):
         runs = RunCache(len(layers), cache_rows, *sizes, near=near)
-        return Runner(causal, shape, runs, placement, weight_bytes, states=states)
+        return Runner(causal, shape, runs, placement, weight_bytes, states=states, windows=windows)
     # The last page is for padding.
     cache = PagedCache(len(layers), cache_rows + PAGE, *sizes, near=near, window=shape.window)
     # A graph would have to find the slots of states, and which experts are chosen, anew.

@@ -59,8 +59,8 @@ class Scheduler:
         max_wait_s: float | None = None,
         states: StateBooks | None = None,
     ) -> None:
-        """`states` has a slot for each that may run, for models with recurrent layers. Raises ValueError if
-        the pool cannot hold one context.
+        """`states` has a slot for each that may run, for models with states. Raises ValueError if the pool
+        cannot hold one context.
         """
         if pool.blocks < pool.count_for(context):
             raise ValueError(f"{pool.blocks} blocks of {pool.size} tokens cannot hold {context} tokens")
@@ -145,7 +145,7 @@ class Scheduler:
             self._learn(sequence)
             if sequence.marks and sequence.marks[0] == sequence.cached:
                 sequence.marks.pop(0)
-                self.states.keep(sequence.slot, sequence.blocks[sequence.known - 1])
+                self.states.keep(sequence.slot, sequence.blocks[sequence.known - 1], sequence.cached)
         now = self._clock()
         return [
             self._accept(sequence, token, now)
@@ -235,6 +235,7 @@ class Scheduler:
             pool.release([partial])
         if self.states.active:
             sequence.slot = self.states.begin(match)
+            sequence.stride = self.states.stride
         if self.states.active and pool.caching:
             prompt = sequence.tokens[: sequence.prompt_length]
             sequence.marks = self.states.marks(prompt, sequence.sampling.stop_ids, sequence.cached)
@@ -334,8 +335,10 @@ class Scheduler:
             parent = sequence.blocks[sequence.known - 1] if sequence.known else None
             sequence.blocks[sequence.known] = pool.learn(sequence.blocks[sequence.known], parent, tokens)
         if pool.caching and sequence.cached and keep_state:
-            self.states.keep(sequence.slot, sequence.blocks[pool.count_for(sequence.cached) - 1])
-        self.states.end(sequence.slot)
+            last = sequence.blocks[pool.count_for(sequence.cached) - 1]
+            self.states.leave(sequence.slot, last, sequence.cached)
+        else:
+            self.states.end(sequence.slot)
         sequence.slot, sequence.marks = NO_SLOT, []
         pool.release(sequence.blocks)
         sequence.blocks = []

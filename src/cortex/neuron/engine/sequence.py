@@ -54,7 +54,9 @@ class Sequence:
         self.hit: int | None = None
         """Prompt tokens that the prefix cache had, until an output has told it."""
         self.slot = NO_SLOT
-        """Where recurrent layers have its state, while it runs."""
+        """Where its state is, while it runs."""
+        self.stride: int | None = None
+        """No step computes tokens on both sides of a multiple of this."""
         self.marks: list[int] = []
         """Counts of tokens, beyond those that are cached, after which its state is to be kept."""
         self.arrived = arrived
@@ -73,7 +75,12 @@ class Sequence:
     @property
     def piece(self) -> int:
         """Of the missing tokens, those that may be computed at once."""
-        return min(self.missing, self.marks[0] - self.cached) if self.marks else self.missing
+        most = self.missing
+        if self.marks:
+            most = min(most, self.marks[0] - self.cached)
+        if self.stride is not None:
+            most = min(most, self.stride - self.cached % self.stride)
+        return most
 
     @property
     def generated(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cortex.neuron.engine.cache import reserved
 from cortex.neuron.models.shape import DeltaShape
 from cortex.neuron.nn.placement import Share
-from cortex.neuron.nn.plan import Copy, Segment
+from cortex.neuron.nn.plan import Segment, StateCopy
 
 HOST = torch.device("cpu")
 
@@ -42,12 +42,13 @@ class StatePool:
         # Slots come first where they are copied, so that a checkpoint lies in one piece.
         self._slots = [torch.zeros(layers, working, *size, device=device) for size in (conv, memory)]
         self._kept = [reserved((kept, layers, *size), HOST) for size in (conv, memory)]
-        self.nbytes = sum(part.nbytes for part in (*self._slots, *self._kept))
+        self.stored = (*self._slots, *self._kept)
+        self.nbytes = sum(part.nbytes for part in self.stored)
         self.layers = [
             LayerSlots(conv.transpose(1, 2), memory) for conv, memory in zip(*self._slots, strict=True)
         ]
 
-    def copy(self, copies: Iterable[Copy]) -> None:
+    def copy(self, copies: Iterable[StateCopy]) -> None:
         """States of every layer, one order after the other."""
         for copy in copies:
             for which in range(2):

@@ -153,6 +153,11 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(index for index in range(self.layers) if self.kind(index) == "delta")
 
     @property
+    def sliding_layers(self) -> tuple[int, ...]:
+        """The layers that have a window."""
+        return tuple(index for index in range(self.layers) if self.kind(index) == "sliding")
+
+    @property
     def even_context(self) -> float:
         """Tokens of context at which attention to them takes as many multiplications as a token's way through
         the weights of all layers.
@@ -163,9 +168,9 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
             for index in range(self.layers)
             for count, inputs, outputs in self._matrices(index)
         )
-        attending = [index for index in self.attention_layers if self.kind(index) != "sliding"]
+        attending = len(self.attention_layers) - len(self.sliding_layers)
         each = 2 * self.heads * self.head_dim  # of queries with keys, and of weights with values
-        return weights / (each * len(attending)) if attending else math.inf
+        return weights / (each * attending) if attending else math.inf
 
     def weight_bytes(self, dtype: str, *, packs: bool = True) -> int:
         """Most bytes of the loaded weights on one device, `dtype` as in `messages.Load`; `packs` says that it
@@ -187,6 +192,11 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     def kv_bytes_per_token(self) -> int:
         """fp32 keys and values of every layer that has any."""
         return 4 * 2 * len(self.attention_layers) * self.kv_heads * self.head_dim
+
+    @property
+    def near_bytes_per_token(self) -> int:
+        """Of these, those of layers with a window."""
+        return 4 * 2 * len(self.sliding_layers) * self.kv_heads * self.head_dim
 
     @property
     def state_bytes(self) -> int:

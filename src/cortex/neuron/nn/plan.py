@@ -5,7 +5,7 @@ Plain numbers, made by the scheduler on rank 0 and small enough to send to the o
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -16,8 +16,8 @@ Run = tuple[int, int]
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive tokens of one sequence: the first one's position, how many, and where the cache has the
-    sequence's tokens, from its beginning to the end of this segment. `slot` is where recurrent layers have
-    its state, in models that have such layers.
+    sequence's tokens, from its beginning to the end of this segment. `slot` is where its state is, in models
+    with layers that have one.
     """
 
     start: int
@@ -42,11 +42,48 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True):
-    """Rows of the cache, or slots with states, to copy before anything is computed."""
+    """Rows of the cache to copy before anything is computed."""
 
     source: int
     target: int
     count: int
+
+
+class StateCopy(msgspec.Struct, frozen=True, array_like=True):
+    """The state after `tokens` tokens, to copy from one slot to another before anything is computed."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+class NearSlots(NamedTuple):
+    """Where layers with a window have a sequence: in a slot of rows of its own, which hold one stretch of
+    `stride` tokens and before it the last `window` tokens that came before the stretch.
+
+    A segment lies in one stretch. Before the first token of the next one is computed, the window that it has
+    behind it moves to the beginning of the slot: a sequence always lies in one piece.
+    """
+
+    window: int
+    stride: int
+
+    @property
+    def rows(self) -> int:
+        """Of a slot."""
+        return self.window + self.stride
+
+    def origin(self, slot: int, position: int) -> int:
+        """The row that the sequence's first token has, or would have, while `position` is computed."""
+        return slot * self.rows + self.window - position // self.stride * self.stride
+
+    def last_window(self, slot: int, tokens: int) -> int:
+        """The first of `window` rows that end with the last of `tokens` tokens, as it was computed."""
+        return self.origin(slot, tokens - 1) + tokens - self.window
+
+    def begins(self, position: int) -> bool:
+        """Whether a segment that starts there is the first of another stretch than the first one."""
+        return position > 0 and position % self.stride == 0
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
@@ -61,7 +98,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     segments: list[Segment]
     wanted: list[int]
     copies: list[Copy] = []
-    states: list[Copy] = []
+    states: list[StateCopy] = []
     chunk: StepPlan | None = None
     layers: int = 0
 

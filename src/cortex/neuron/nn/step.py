@@ -7,12 +7,14 @@ of them a query sees.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
-from cortex.neuron.nn.plan import NO_SLOT, Run, Segment, StepPlan, parts
+from cortex.neuron.nn.plan import NO_SLOT, NearSlots, Run, Segment, StepPlan, parts
 
 KNOWS_CAUSALITY: Final = ("cpu",)
 """Types of devices whose attention hides later tokens by itself."""
@@ -104,43 +106,82 @@ class States(NamedTuple):
     spans: tuple[Span, ...]
 
 
+class Access(NamedTuple):
+    """What layers do with their cache: each row is stored in one of `slots`, int64 [T], from `first_slot` on
+    where these follow each other, and sees what `looks` say."""
+
+    slots: Tensor
+    first_slot: int | None
+    looks: Looks
+
+
 class Step(NamedTuple):
-    """ids and positions: int64 [T]. `slots`: int64 [T], where the cache stores each row; where they follow
-    each other, `first_slot` is the first one. `wanted`: int64 rows whose logits are asked for, None for all.
-    `looks` is what layers see that attend to everything, `near` what those with a window see instead, None
-    where no window shows; `pages` stands for both where the cache has pages."""
+    """ids and positions: int64 [T]. `wanted`: int64 rows whose logits are asked for, None for all. `full` is
+    for layers that attend to everything, `near` for those with a window, None where that is the same;
+    `pages` says what both look at where the cache has pages. `states` is for layers with states."""
 
     ids: Tensor
     positions: Tensor
-    slots: Tensor
-    looks: Looks
     wanted: Tensor | None
-    first_slot: int | None = None
+    full: Access
+    near: Access | None = None
     pages: Pages | None = None
-    near: Looks | None = None
     states: States | None = None
-    """For models that have layers with states."""
 
 
-def prepare(plan: StepPlan, device: torch.device, page: int | None = None, window: int | None = None) -> Step:
-    """`page` is the size of the cache's pages, if it has any; `window` that of layers which have one."""
-    slots: list[int] = []
-    for part in plan.segments:
-        for first, count in parts(part.runs, part.start, part.end):
-            slots += range(first, first + count)
+def prepare(
+    plan: StepPlan,
+    device: torch.device,
+    page: int | None = None,
+    window: int | None = None,
+    near: NearSlots | None = None,
+) -> Step:
+    """`page` is the size of the cache's pages, if it has any; `window` that of layers which have one, and
+    `near` says where they have their rows, if not where others have theirs."""
     everything = len(plan.wanted) == len(plan.ids)
-    shows = window is not None and not page and any(part.end > window for part in plan.segments)
+    slots = [row for part in plan.segments for row in _rows(part)]
+    full = Access(
+        torch.tensor(slots, device=device),
+        None if page else _first(slots),
+        Looks((), True) if page else _Looking(plan, device, None).looks(),
+    )
     return Step(
         torch.tensor(plan.ids, device=device),
         torch.tensor(plan.positions, device=device),
-        torch.tensor(slots, device=device),
-        Looks((), True) if page else _Looking(plan, device, None).looks(),
         None if everything else torch.tensor(plan.wanted, dtype=torch.int64, device=device),
-        slots[0] if slots == [*range(slots[0], slots[0] + len(slots))] and not page else None,
+        full,
+        None if window is None or page else _near(plan, device, window, near, full),
         _pages(plan, page, device) if page else None,
-        _Looking(plan, device, window).looks() if shows else None,
         _states(plan, device),
     )
+
+
+def _near(
+    plan: StepPlan, device: torch.device, window: int, near: NearSlots | None, full: Access
+) -> Access | None:
+    """What layers with a window do, if that is not what others do."""
+    if near is None:
+        if all(part.end <= window for part in plan.segments):
+            return None
+        return full._replace(looks=_Looking(plan, device, window).looks())
+    segments = [
+        msgspec.structs.replace(part, runs=[(near.origin(part.slot, part.start), part.end)])
+        for part in plan.segments
+    ]
+    own = msgspec.structs.replace(plan, segments=segments)
+    slots = [row for part in segments for row in _rows(part)]
+    return Access(torch.tensor(slots, device=device), _first(slots), _Looking(own, device, window).looks())
+
+
+def _rows(part: Segment) -> Iterator[int]:
+    """Where a segment's own tokens are stored."""
+    for first, count in parts(part.runs, part.start, part.end):
+        yield from range(first, first + count)
+
+
+def _first(slots: list[int]) -> int | None:
+    """The first of slots that follow each other, if they do."""
+    return slots[0] if slots == [*range(slots[0], slots[0] + len(slots))] else None
 
 
 def _states(plan: StepPlan, device: torch.device) -> States | None:
