@@ -6,15 +6,17 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cortex.neuron.engine.cache import RunCache
 from cortex.neuron.engine.runner import Runner
+from cortex.neuron.engine.windows import WindowPool
 from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.nn.placement import Dtype, Placement
-from cortex.neuron.nn.plan import Copy, Segment, StepPlan
+from cortex.neuron.nn.plan import Copy, NearSlots, Segment, StateCopy, StepPlan
 
 DEVICE = torch.device("cuda", 0)
 DECODE = [Segment(9, 1, [(0, 10)]), Segment(3, 1, [(20, 3), (30, 1)])]
@@ -44,6 +46,16 @@ PLANS = {
 }
 
 
+SIZES = NearSlots(16, 32)
+
+
+def in_slots(plan: StepPlan) -> StepPlan:
+    """The same for layers that have slots, one a segment."""
+    segments = [msgspec.structs.replace(part, slot=slot) for slot, part in enumerate(plan.segments)]
+    chunk = in_slots(plan.chunk) if plan.chunk else None
+    return msgspec.structs.replace(plan, segments=segments, chunk=chunk)
+
+
 @pytest.fixture(scope="module", params=["float32", "packed16", "int8", "int4"])
 def runner(
     request: pytest.FixtureRequest, fake_model: Callable[[str], Any], cuda_shape: ModelShape
@@ -61,6 +73,24 @@ def test_every_step_stays_on_the_device(runner: Runner, plan: str) -> None:
     logits = inspect.unwrap(Runner.logits)(runner, PLANS[plan])
     shape = (1 if plan == "chunk-at-once" else len(PLANS[plan].wanted), runner.shape.vocab)
     assert (logits.shape, logits.dtype, logits.device) == (shape, torch.float32, DEVICE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cuda_shape", ["rich"], indirect=True)
+def test_layers_with_slots_stay_on_the_device_too(
+    fake_model: Callable[[str], Any], cuda_shape: ModelShape
+) -> None:
+    sizes = (cuda_shape.kv_heads, cuda_shape.head_dim, DEVICE)
+    windows = WindowPool(SIZES, len(cuda_shape.sliding_layers), 4, 0, *sizes)
+    full = RunCache(cuda_shape.layers - len(cuda_shape.sliding_layers), 80, *sizes)
+    made = Runner(fake_model("float32"), cuda_shape, full, Placement(DEVICE, "float32"), 0, windows=windows)
+    another_stretch = StepPlan(
+        [1], [Segment(32, 1, [(0, 33)])], [0], states=[StateCopy(2, 0, 32), StateCopy(0, 3, 32)]
+    )
+    for plan in (*PLANS.values(), another_stretch):
+        logits = inspect.unwrap(Runner.logits)(made, in_slots(plan))
+        assert (logits.dtype, logits.device) == (torch.float32, DEVICE)
+        assert logits.shape[0] == (1 if plan.layers == 9 else len(plan.wanted))
 
 
 class Seen(TorchDispatchMode):
