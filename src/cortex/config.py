@@ -112,6 +112,7 @@ class TorchSection(_Section, frozen=True, kw_only=True):
     cuda_paged: bool = False
     cuda_graphs: bool = False
     watchdog_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 60.0
+    prompt_lookup: bool = True
 
 
 class HarnessSection(_Section, frozen=True, kw_only=True):

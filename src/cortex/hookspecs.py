@@ -312,6 +312,10 @@ class EngineStep(msgspec.Struct, frozen=True, kw_only=True):
     prefix_hit_tokens: int = 0
     """Those of them that the prefix cache had."""
     preemptions: int = 0
+    draft_tokens: int = 0
+    """Computed in case a sequence goes on with them."""
+    accepted_draft_tokens: int = 0
+    """Those of them that it went on with, which are among `decode_tokens`."""
 
 
 class TokenEngine(Protocol):

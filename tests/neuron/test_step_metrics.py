@@ -20,6 +20,8 @@ STEP = EngineStep(
     prefix_queried_tokens=160,
     prefix_hit_tokens=60,
     preemptions=1,
+    draft_tokens=7,
+    accepted_draft_tokens=3,
 )
 GAUGES = ("neuron_requests_running", "neuron_requests_waiting", "neuron_cache_usage_ratio")
 
@@ -39,9 +41,11 @@ async def test_steps_are_counted(node: Any) -> None:
         "neuron_prefix_cache_queried_tokens_total",
         "neuron_prefix_cache_hit_tokens_total",
         "neuron_preemptions_total",
+        "neuron_draft_tokens_total",
+        "neuron_accepted_draft_tokens_total",
         "neuron_step_seconds_count",
     )
-    assert await samples(node, *names) == ["200", "8", "320", "120", "2", "2.0"]
+    assert await samples(node, *names) == ["200", "8", "320", "120", "2", "14", "6", "2.0"]
     bucket = 'neuron_step_seconds_bucket{{le="{}",model="m"}}'
     assert await node.sample(bucket.format(0.002)) == "0.0"
     assert await node.sample(bucket.format(0.004)) == "2.0"

@@ -175,6 +175,7 @@ def load_engines(config: NeuronConfig) -> EnginePlugins:
         "cuda_paged": torch.cuda_paged,
         "cuda_graphs": torch.cuda_graphs,
         "watchdog_s": torch.watchdog_s,
+        "prompt_lookup": torch.prompt_lookup,
     }
     return load_engine_plugins(extra=[TorchFactory(dtype=torch.dtype, options=options)])
 

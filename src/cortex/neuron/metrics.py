@@ -25,6 +25,8 @@ COUNTERS: Final[Mapping[str, tuple[str, str]]] = {
     "neuron_prefix_cache_queried_tokens_total": ("model", "Prompt tokens looked up in the prefix cache."),
     "neuron_prefix_cache_hit_tokens_total": ("model", "Prompt tokens found in the prefix cache."),
     "neuron_preemptions_total": ("model", "Sequences that gave their cache up and started again."),
+    "neuron_draft_tokens_total": ("model", "Tokens computed in case a sequence goes on with them."),
+    "neuron_accepted_draft_tokens_total": ("model", "Those of them that the sequence went on with."),
     "neuron_refusals_total": ("reason", "Requests that got an error instead of a token."),
 }
 HISTOGRAMS: Final[Mapping[str, tuple[str, Sequence[float]]]] = {
@@ -59,6 +61,8 @@ class NeuronMetrics:
         self._queried = counters["neuron_prefix_cache_queried_tokens_total"]
         self._hit = counters["neuron_prefix_cache_hit_tokens_total"]
         self._preemptions = counters["neuron_preemptions_total"]
+        self._drafted = counters["neuron_draft_tokens_total"]
+        self._accepted = counters["neuron_accepted_draft_tokens_total"]
         self._refusals = counters["neuron_refusals_total"]
         self._ttft = histograms["neuron_time_to_first_token_seconds"]
         self._itl = histograms["neuron_inter_token_latency_seconds"]
@@ -92,6 +96,8 @@ class NeuronMetrics:
         self._queried.add(key, step.prefix_queried_tokens)
         self._hit.add(key, step.prefix_hit_tokens)
         self._preemptions.add(key, step.preemptions)
+        self._drafted.add(key, step.draft_tokens)
+        self._accepted.add(key, step.accepted_draft_tokens)
 
     def refused(self, reason: str) -> None:
         self._refusals.add((reason,))

@@ -20,6 +20,7 @@ from cortex.hookspecs import Sampling
 from cortex.neuron.engine import worker
 from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.checkpoints import StateBooks
+from cortex.neuron.engine.drafts import Drafter
 from cortex.neuron.engine.loading import BLOCK
 from cortex.neuron.engine.messages import Generate
 from cortex.neuron.engine.pace import Pace
@@ -116,8 +117,8 @@ class Engine:
         )
         self.told: dict[int, Told] = {}
         self.open: set[int] = set()
-        self.moved = self.layered = 0
-        """Blocks that were copied whole, and steps in which a chunk passed some layers."""
+        self.moved = self.layered = self.drafted = 0
+        """Blocks that were copied whole, steps in which a chunk passed some layers, and tokens of drafts."""
         runner._cache._stored.fill_(float("nan"))
         for stored in [part for pool in runner._pools for part in pool.stored]:
             stored.fill_(float("nan"))
@@ -142,11 +143,13 @@ class Engine:
         rows = logits.clone()
         sampled = worker._sample(logits, scheduled.sampled)
         assert sampled is not None, "a row of the cache was read that nobody has written"
-        for sequence, row in zip(scheduled.sampled, rows, strict=True):
-            self.told[sequence.key].logits.append(row)
-        for output in self.scheduler.complete(scheduled, sampled):
+        counts = [1 + len(sequence.draft) for sequence in scheduled.sampled]
+        outputs = self.scheduler.complete(scheduled, sampled)
+        for output, own in zip(outputs, rows.split(counts) if counts else [], strict=True):
             told = self.told[output.key]
+            told.logits.extend(own[: len(output.ids) + (output.finish == "stop")])
             told.tokens.extend(output.ids)
+            self.drafted += len(own) - 1
             if output.cached_tokens:
                 self.told[output.key] = told._replace(cached=output.cached_tokens)
             if output.finish:
@@ -206,7 +209,7 @@ def alone(load: Callable[[], Runner]) -> Callable[[Generate], Told]:
     def run(order: Generate) -> Told:
         key = msgspec.msgpack.encode((order.ids, msgspec.structs.replace(order.sampling, reserve=None)))
         if key not in known:
-            (known[key],) = Engine(runner, caching=False).run(order)
+            (known[key],) = Engine(runner, caching=False, prompt_lookup=False).run(order)
         return known[key]
 
     return run
@@ -369,6 +372,33 @@ def test_blocks_that_are_moved_together_keep_what_they_hold(
         wanted.append(alone(question))
         ids = [*ids, *engine.told[question.key].tokens, *prompt(95 + turn, 18)]
     assert engine.moved > 5
+    all_same(found, wanted, case)
+
+
+def test_drafts_change_nothing(
+    case: Case, runner: Runner, alone: Callable[[Generate], Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any drafts, right ones and wrong ones: of what was said without them, now and then something else."""
+    chance = random.Random(1)
+    mine = [order(1 + index, prompt(index, 20 + 9 * index), 40, **MIXED[index]) for index in (0, 1, 4, 5)]
+    wanted = [alone(each) for each in mine]
+    engine = Engine(runner)
+    saying: list[int] = []
+
+    def propose(drafter: Drafter, tokens: list[int], most: int) -> list[int]:
+        draft = saying[len(tokens) : len(tokens) + min(most, chance.randint(0, 5))]
+        return [token if chance.random() < 0.8 else 0 for token in draft]
+
+    monkeypatch.setattr(Drafter, "propose", propose)
+    found = []
+    for each, told in zip(mine, wanted, strict=True):
+        saying[:] = [*each.ids, *told.tokens]
+        found += engine.run(each)
+    counts = engine.scheduler.take_counts()
+    if runner._pools:
+        assert not engine.drafted, "what a state has seen cannot be taken back"
+    else:
+        assert engine.drafted == counts.drafted > counts.accepted > 20
     all_same(found, wanted, case)
 
 

@@ -9,8 +9,8 @@ from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.messages import Generate, Output
 from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.planning import Scheduled
-from cortex.neuron.engine.scheduler import MOST_RUNS, Sampled, Scheduler
-from cortex.neuron.engine.sequence import Sequence
+from cortex.neuron.engine.scheduler import MOST_RUNS, Scheduler
+from cortex.neuron.engine.sequence import Sampled, Sequence
 from cortex.neuron.nn.plan import Segment
 
 STOP = 9
@@ -29,7 +29,7 @@ class Clock:
 def scheduler(
     clock: Clock | None = None, *, blocks: int = 32, size: int = SIZE, caching: bool = True, **changes: Any
 ) -> Scheduler:
-    settings = {"context": 32, "vocab": 100, **changes}
+    settings = {"context": 32, "vocab": 100, "prompt_lookup": False, **changes}
     pace = Pace(settings.pop("prefill_chunk", 4), LAYERS, 1000)
     return Scheduler(BlockPool(blocks, size, caching=caching), **settings, pace=pace, clock=clock or Clock())
 

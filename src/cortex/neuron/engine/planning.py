@@ -29,12 +29,17 @@ class Scheduled(NamedTuple):
     ends: list[tuple[Sequence, int]]
     """How many tokens of whom the cache holds after it, where that changes."""
     sampled: list[Sequence]
-    """Of each row of logits."""
+    """Whose rows of logits there are: one of each, and one after each token of its draft."""
     decoding: int
     prefill: int
     """Tokens of prompts that the step completes."""
     work: float
     """Of prompts, as `Pace` counts it."""
+
+    @property
+    def rows(self) -> int:
+        """Of logits, until the step is completed."""
+        return sum(1 + len(sequence.draft) for sequence in self.sampled)
 
 
 class _Way(NamedTuple):
@@ -96,11 +101,19 @@ class Planner:
         count = len(decoding)
         of_one = self._pace.work_beside if decoding else self._pace.work
         work = sum(of_one(part.length, part.start) for part in plan.segments[count:])
-        prefill = len(plan.ids) - count
+        prefill = sum(part.length for part in plan.segments[count:])
         return Scheduled(plan, making.sequences, making.ends, making.sampled, count, prefill, work)
 
+    def may_draft(self, sequence: Sequence) -> bool:
+        """Whether the sequence, which alone runs, may compute a draft along with its newest token: what it
+        takes without one must be known first, for those who join it.
+        """
+        return sequence.in_decode and self._pace.knows(1)
+
     def took(self, scheduled: Scheduled, seconds: float) -> None:
-        """The step has taken so long; the next ones go by that."""
+        """The step has taken so long; the next ones go by that, but for steps with a draft."""
+        if len(scheduled.plan.wanted) > len(scheduled.sampled):
+            return
         if scheduled.plan.layers:
             self._pace.passed(scheduled.work, scheduled.plan.layers, seconds)
             self._spent = (self._spent or 0.0) + seconds
@@ -184,13 +197,16 @@ class _Pass:
         self.sampled: list[Sequence] = []
 
     def add(self, sequence: Sequence, length: int) -> None:
-        """So many of the tokens that are missing."""
+        """So many of the tokens that are missing, and after all of them its draft."""
         sequence.start(self._now)
         start, end = sequence.cached, sequence.cached + length
         self.ids += sequence.tokens[start:end]
-        self.segments.append(Segment(start, length, parts(sequence.runs(self._size), 0, end), sequence.slot))
-        self.sequences.append(sequence)
         self.ends.append((sequence, end))
         if length == sequence.missing:
-            self.wanted.append(len(self.ids) - 1)
+            self.ids += sequence.draft
+            length += len(sequence.draft)
+            self.wanted += range(len(self.ids) - 1 - len(sequence.draft), len(self.ids))
             self.sampled.append(sequence)
+        runs = parts(sequence.runs(self._size), 0, start + length)
+        self.segments.append(Segment(start, length, runs, sequence.slot))
+        self.sequences.append(sequence)

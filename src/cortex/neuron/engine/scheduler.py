@@ -12,13 +12,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from cortex.hookspecs import TokenLogprobs
 from cortex.neuron.engine.blocks import BlockPool, Match, breaks
 from cortex.neuron.engine.checkpoints import StateBooks
 from cortex.neuron.engine.messages import Generate, Output
 from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.planning import Planner, Scheduled
-from cortex.neuron.engine.sequence import Sequence, fault
+from cortex.neuron.engine.sequence import Sampled, Sequence, fault
 from cortex.neuron.nn.plan import NO_SLOT, Copy
 
 AHEAD: Final = 256
@@ -31,15 +30,14 @@ MOST_RUNS: Final = 2
 """A sequence that lies in more runs than this is moved together, before it starts or when it grows: each run
 is looked at by itself in every layer of every step."""
 
-Sampled = tuple[int, TokenLogprobs | None]
-"""A token and what was asked about it."""
-
 
 class Counts:
     """What has happened since it was last asked."""
 
     def __init__(self) -> None:
         self.queried = self.hit = self.preempted = 0
+        self.drafted = self.accepted = 0
+        """Tokens of drafts, and those of them that were what was sampled."""
 
 
 class Scheduler:
@@ -58,9 +56,11 @@ class Scheduler:
         max_running: int = 8,
         max_wait_s: float | None = None,
         states: StateBooks | None = None,
+        prompt_lookup: bool = True,
     ) -> None:
-        """`states` has a slot for each that may run, for models with states. Raises ValueError if the pool
-        cannot hold one context.
+        """`states` has a slot for each that may run, for models with states. With `prompt_lookup`, a sequence
+        that runs alone computes tokens that it is likely to say next along with its newest one. Raises
+        ValueError if the pool cannot hold one context.
         """
         if pool.blocks < pool.count_for(context):
             raise ValueError(f"{pool.blocks} blocks of {pool.size} tokens cannot hold {context} tokens")
@@ -74,6 +74,8 @@ class Scheduler:
         self._clock = clock
         self._max_running = max_running
         self._max_wait = max_wait_s
+        # A state that has seen a wrong draft cannot be brought back.
+        self._drafts = prompt_lookup and not self.states.active
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._copies: list[Copy] = []
@@ -131,15 +133,28 @@ class Scheduler:
         self._make_room()
         if not self._running:
             return None
+        self._draft()
         copies, self._copies = self._copies, []
         return self._planner.plan(self._running, copies, self.states.take_copies(), self._clock())
+
+    def _draft(self) -> None:
+        """Alone in decode a sequence gets a draft: the weights are read for one token anyway."""
+        if not self._drafts or len(self._running) != 1:
+            return
+        (sequence,) = self._running
+        if self._planner.may_draft(sequence):
+            sequence.make_draft(min(len(sequence.blocks) * self.pool.size, self._context - 1))
 
     def took(self, scheduled: Scheduled, seconds: float) -> None:
         """The step has taken so long."""
         self._planner.took(scheduled, seconds)
 
     def complete(self, scheduled: Scheduled, sampled: list[Sampled]) -> list[Output]:
-        """The step was computed: `sampled` are the tokens of its wanted rows."""
+        """The step was computed: `sampled` are the tokens of its wanted rows. Raises ValueError if there are
+        more or fewer of them.
+        """
+        if len(sampled) != scheduled.rows:
+            raise ValueError(f"{len(sampled)} tokens came for {scheduled.rows} rows")
         for sequence, end in scheduled.ends:
             sequence.cached = end
             self._learn(sequence)
@@ -147,9 +162,10 @@ class Scheduler:
                 sequence.marks.pop(0)
                 self.states.keep(sequence.slot, sequence.blocks[sequence.known - 1], sequence.cached)
         now = self._clock()
+        rows = iter(sampled)
         return [
-            self._accept(sequence, token, now)
-            for sequence, token in zip(scheduled.sampled, sampled, strict=True)
+            self._accept(sequence, list(itertools.islice(rows, 1 + len(sequence.draft))), now)
+            for sequence in scheduled.sampled
         ]
 
     def fail(self, scheduled: Scheduled, message: str) -> list[Output]:
@@ -359,25 +375,20 @@ class Scheduler:
 
     # --- what comes out ---
 
-    def _accept(self, sequence: Sequence, sampled: Sampled, now: float) -> Output:
-        token, logprobs = sampled
-        hit, sequence.hit = sequence.hit, None
-        if token in sequence.sampling.stop_ids:
-            sequence.mark_sampled(now)
+    def _accept(self, sequence: Sequence, rows: list[Sampled], now: float) -> Output:
+        drafted, hit, sequence.hit = len(sequence.draft), sequence.hit, None
+        said = sequence.take(rows, self._context, now)
+        if drafted:
+            self.counts.drafted += drafted
+            self.counts.accepted += said.accepted
+            self._learn(sequence)
+        if said.finish is not None:
             self._release(sequence)
-            return Output(
-                key=sequence.key, ids=[], finish="stop", timings=sequence.timings(now), cached_tokens=hit
-            )
-        sequence.append(token, now)
-        found = None if logprobs is None else [logprobs]
-        if sequence.generated < sequence.sampling.max_tokens and len(sequence.tokens) < self._context:
-            return Output(key=sequence.key, ids=[token], cached_tokens=hit, logprobs=found)
-        self._release(sequence)
         return Output(
             key=sequence.key,
-            ids=[token],
-            finish="length",
-            timings=sequence.timings(now),
+            ids=said.ids,
+            finish=said.finish,
+            timings=None if said.finish is None else sequence.timings(now),
             cached_tokens=hit,
-            logprobs=found,
+            logprobs=said.logprobs or None,
         )

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import random
 from array import array
+from typing import Literal, NamedTuple
 
-from cortex.hookspecs import EngineTimings, Sampling
+from cortex.hookspecs import EngineTimings, Sampling, TokenLogprobs
 from cortex.neuron.engine.blocks import Block
+from cortex.neuron.engine.drafts import Drafter
 from cortex.neuron.engine.messages import Generate
 from cortex.neuron.nn.plan import NO_SLOT, Run
 
@@ -29,6 +31,19 @@ class Tally:
             self.ids.append(token)
             self.counts.append(0.0)
         self.counts[index] += 1.0
+
+
+Sampled = tuple[int, TokenLogprobs | None]
+"""A token and what was asked about it."""
+
+
+class Said(NamedTuple):
+    """What a step has added to a reply. `accepted` of the ids were drafted before they were sampled."""
+
+    ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish: Literal["stop", "length"] | None
+    accepted: int
 
 
 class Sequence:
@@ -62,7 +77,11 @@ class Sequence:
         self.arrived = arrived
         self.prompt_length = len(order.ids)
         self.tally = Tally(self.tokens) if order.sampling.penalises else None
+        self.draft: list[int] = []
+        """Tokens that the step computes after the newest one, in case they are what is sampled."""
+        self.drafter = Drafter()
         self._chance = random.Random(order.sampling.seed)
+        self._drawn: list[float] = []
         self._started: float | None = None
         self._first_token: float | None = None
         self._runs: list[Run] = []
@@ -109,17 +128,57 @@ class Sequence:
     def blocks_changed(self) -> None:
         self._runs = []
 
-    def draw(self) -> float:
-        """The sequence's next number in [0, 1): from its own seed, whatever its batch mates do."""
-        return self._chance.random()
+    def draw(self, ahead: int = 0) -> float:
+        """The number in [0, 1) for the token that is to come after `ahead` others: from the sequence's own
+        seed, whatever its batch mates do.
+        """
+        while len(self._drawn) <= ahead:
+            self._drawn.append(self._chance.random())
+        return self._drawn[ahead]
 
     def start(self, now: float) -> None:
         """A step with this sequence begins; the first one ends its wait."""
         if self._started is None:
             self._started = now
 
+    def make_draft(self, most: int) -> None:
+        """Of how it may go on, with `most` tokens in all. With penalties there is none, as each token changes
+        what the next one is sampled from.
+        """
+        if self.tally is None:
+            room = min(most - len(self.tokens), self.sampling.max_tokens - self.generated - 1)
+            self.draft = self.drafter.propose(self.tokens, room)
+
+    def take(self, rows: list[Sampled], context: int, now: float) -> Said:
+        """What was sampled after the newest token and, as long as that is what was drafted, after each token
+        of the draft: what is cached from a wrong one on is never read. It may have `context` tokens.
+        """
+        draft, self.draft = self.draft, []
+        said = Said([], [], None, 0)
+        for ahead, (token, logprobs) in enumerate(rows):
+            if token in self.sampling.stop_ids:
+                self.mark_sampled(now)
+                said = said._replace(finish="stop")
+                break
+            self.append(token, now)
+            said.ids.append(token)
+            if logprobs is not None:
+                said.logprobs.append(logprobs)
+            if self.generated >= self.sampling.max_tokens or len(self.tokens) >= context:
+                said = said._replace(finish="length")
+                break
+            if ahead == len(draft) or token != draft[ahead]:
+                break
+            said = said._replace(accepted=ahead + 1)
+        self.cached += said.accepted
+        if draft:
+            self.drafter.judge(len(draft), said.accepted, len(self.tokens))
+        return said
+
     def append(self, token: int, now: float) -> None:
         self.tokens.append(token)
+        if self._drawn:
+            self._drawn.pop(0)
         if self.tally is not None:
             self.tally.add(token)
         self.mark_sampled(now)

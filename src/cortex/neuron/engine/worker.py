@@ -35,8 +35,8 @@ from cortex.neuron.engine.planning import Scheduled
 from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.engine.runner import Runner
 from cortex.neuron.engine.sampler import Row, sample
-from cortex.neuron.engine.scheduler import Sampled, Scheduler
-from cortex.neuron.engine.sequence import Sequence, Tally
+from cortex.neuron.engine.scheduler import Scheduler
+from cortex.neuron.engine.sequence import Sampled, Sequence, Tally
 from cortex.neuron.models import registry
 from cortex.neuron.nn.parallel import RankGone, RankSilent
 from cortex.neuron.nn.placement import Share
@@ -206,7 +206,7 @@ class Loop:
         return EngineStep(
             seconds=seconds,
             prefill_tokens=scheduled.prefill,
-            decode_tokens=scheduled.decoding,
+            decode_tokens=scheduled.decoding + counts.accepted,
             running=scheduler.running,
             waiting=scheduler.waiting,
             cache_used_tokens=pool.held * pool.size,
@@ -214,23 +214,29 @@ class Loop:
             prefix_queried_tokens=counts.queried,
             prefix_hit_tokens=counts.hit,
             preemptions=counts.preempted,
+            draft_tokens=counts.drafted,
+            accepted_draft_tokens=counts.accepted,
         )
 
 
 def _sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled] | None:
-    """The next token of each sequence; None if a row of logits holds no valid numbers."""
-    found = sample(logits, [_row(sequence) for sequence in sequences]) if sequences else []
+    """The next token of each sequence and after each of its draft; None if a row of logits holds no valid
+    numbers.
+    """
+    rows = [_row(sequence, at) for sequence in sequences for at in range(1 + len(sequence.draft))]
+    found = sample(logits, rows) if rows else []
     valid = [sampled for sampled in found if sampled is not None]
     return valid if len(valid) == len(found) else None
 
 
-def _row(sequence: Sequence) -> Row:
+def _row(sequence: Sequence, ahead: int) -> Row:
+    """For its next token but `ahead`."""
     settings = sequence.sampling
     tally = sequence.tally or _NO_TALLY
     return Row(
         settings,
-        sequence.draw() if settings.temperature > 0 else 0.0,
+        sequence.draw(ahead) if settings.temperature > 0 else 0.0,
         tally.ids,
         tally.counts,
-        withhold=sequence.generated < settings.min_tokens,
+        withhold=sequence.generated + ahead < settings.min_tokens,
     )

@@ -1,0 +1,260 @@
+"""What is drafted of how a sequence goes on, when drafts rest, and what becomes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cortex.hookspecs import Sampling
+from cortex.neuron.engine.blocks import BlockPool
+from cortex.neuron.engine.drafts import FIRST, GRAM, LONGEST_PAUSE, LOOKED_BACK, MOST, PAUSE, Drafter
+from cortex.neuron.engine.messages import Generate
+from cortex.neuron.engine.pace import Pace
+from cortex.neuron.engine.planning import Scheduled
+from cortex.neuron.engine.scheduler import Scheduler
+from cortex.neuron.engine.sequence import Sampled, Sequence
+
+LINE = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_what_followed_the_same_three_tokens_the_last_time_is_drafted() -> None:
+    drafter = Drafter()
+    assert drafter.propose([*LINE, 20, 3, 4], 9) == []
+    assert drafter.propose([*LINE, 20, 3, 4, 5], 9) == [6, 7]
+    assert drafter.propose([*LINE, 20, 3, 4, 5, 30, 3, 4, 5], 9) == [30, 3], "the newest place counts"
+    assert drafter.propose([*LINE, 20, 3, 4, 5, 30, 3, 4, 5, 99], 9) == []
+
+
+def test_a_sequence_that_repeats_itself_is_drafted_from_its_own_end() -> None:
+    assert Drafter().propose([5, 5, 5, 5], 9) == [5]
+    assert Drafter().propose([1, 2, 1, 2, 1, 2, 1], 9) == [2, 1]
+    assert Drafter().propose([5, 5, 5], 9) == []
+    assert Drafter().propose([], 9) == []
+
+
+def test_no_more_is_drafted_than_there_is_room_for() -> None:
+    tokens = [*LINE, 3, 4, 5]
+    assert [Drafter().propose(tokens, most) for most in (-3, 0, 1, 2)] == [[], [], [6], [6, 7]]
+
+
+def test_drafts_grow_while_they_are_right_and_shrink_to_what_was() -> None:
+    drafter, tokens = Drafter(), [*LINE, *LINE[:3]]
+    lengths = []
+    for _ in range(4):
+        lengths.append(len(drafter.propose(tokens, 99)))
+        drafter.judge(lengths[-1], lengths[-1], len(tokens))
+    assert lengths == [FIRST, 4, MOST, MOST]
+    drafter.judge(MOST, 3, len(tokens))
+    assert len(drafter.propose(tokens, 99)) == 3
+
+
+def test_drafts_that_lose_rest_for_longer_each_time_until_one_is_right() -> None:
+    drafter, tokens = Drafter(), [*LINE, *LINE[:3]]
+    pauses = []
+    for _ in range(9):
+        before = len(tokens)
+        drafter.judge(FIRST, 0, before)
+        while not drafter.propose(tokens, 9):
+            tokens += LINE
+            tokens += LINE[:3]
+        pauses.append(len(tokens) - before)
+    assert pauses[0] in range(PAUSE, PAUSE + 15)
+    assert pauses == sorted(pauses)
+    assert pauses[-1] in range(LONGEST_PAUSE, LONGEST_PAUSE + 15)
+    drafter.judge(FIRST, FIRST, len(tokens))
+    drafter.judge(FIRST, 0, len(tokens))
+    assert drafter.propose(tokens, 9), "one loss among gains is nothing"
+
+
+def test_of_a_long_prompt_the_end_is_looked_through() -> None:
+    far = [*LINE, *range(100, 100 + LOOKED_BACK), 3, 4, 5]
+    assert Drafter().propose(far, 9) == []
+    near = [*range(100, 100 + LOOKED_BACK), *LINE, 3, 4, 5]
+    assert Drafter().propose(near, 9) == [6, 7]
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(1, 9), max_size=20), st.integers(0, 9))
+def test_every_draft_stands_in_the_sequence_after_its_last_three(
+    tokens: list[int], cuts: list[int], most: int
+) -> None:
+    """However many tokens come between two questions."""
+    drafter, count = Drafter(), 0
+    for cut in [*cuts, 60]:
+        count = min(len(tokens), count + cut)
+        known = tokens[:count]
+        draft = drafter.propose(known, most)
+        assert len(draft) <= min(most, MOST)
+        said = [known[at : at + GRAM + len(draft)] for at in range(count)]
+        places = [known[at : at + GRAM] == known[count - GRAM :] for at in range(count - GRAM)]
+        assert bool(draft) == (count > GRAM and any(places) and most > 0)
+        if draft:
+            assert [*known[count - GRAM :], *draft] in said
+
+
+# --- in the scheduler -----------------------------------------------------------------------------
+
+STOP, SIZE = 9, 4
+
+
+def drafting(*, blocks: int = 32, context: int = 100) -> Scheduler:
+    pool = BlockPool(blocks, SIZE)
+    return Scheduler(pool, context=context, pace=Pace(64, 6, 1000), vocab=100, clock=lambda: 0.0)
+
+
+def order(key: int, ids: list[int], max_tokens: int = 4, **sampling: Any) -> Generate:
+    settings = Sampling(max_tokens=max_tokens, stop_ids=(STOP,), **sampling)
+    return Generate(key=key, request_id=f"r{key}", ids=ids, sampling=settings)
+
+
+def planned(made: Scheduler) -> Scheduled:
+    scheduled = made.schedule()
+    assert scheduled is not None
+    return scheduled
+
+
+def said(*tokens: int) -> list[Sampled]:
+    return [(token, None) for token in tokens]
+
+
+def step(made: Scheduler, token: int) -> None:
+    """One whole step in which every row gives `token`."""
+    scheduled = planned(made)
+    made.complete(scheduled, said(*[token] * scheduled.rows))
+    made.took(scheduled, 0.010 + 0.001 * scheduled.work)
+
+
+AGAIN = [*range(20, 32), 20, 21, 22]
+"""Whose next tokens are likely to be 23, 24, ..."""
+
+
+def ready(made: Scheduler, max_tokens: int = 40, ids: list[int] = AGAIN, **sampling: Any) -> None:
+    """A sequence that has said 23, alone, so that it is known what that takes."""
+    assert made.add(order(1, ids, max_tokens, **sampling)) is None
+    step(made, ids[3])
+    step(made, ids[4])
+
+
+def test_a_draft_is_computed_with_the_newest_token_and_what_is_right_of_it_counts() -> None:
+    made = drafting()
+    ready(made)
+    scheduled = planned(made)
+    assert scheduled.plan.ids == [24, 25, 26]
+    assert scheduled.plan.wanted == [0, 1, 2]
+    (segment,) = scheduled.plan.segments
+    assert (segment.start, segment.length, segment.end) == (16, 3, 19)
+    assert scheduled.rows == 3
+    (output,) = made.complete(scheduled, said(25, 26, 27))
+    assert (output.ids, output.finish) == ([25, 26, 27], None)
+    scheduled = planned(made)
+    assert scheduled.plan.ids == [27, 28, 29, 30, 31], "it has become longer"
+    assert scheduled.plan.segments[0].start == 19
+    (output,) = made.complete(scheduled, said(28, 77, 78, 79, 80))
+    assert output.ids == [28, 77]
+    scheduled = planned(made)
+    assert (scheduled.plan.ids, scheduled.plan.segments[0].start) == ([77], 21)
+    counts = made.take_counts()
+    assert (counts.drafted, counts.accepted) == (6, 3)
+
+
+def test_only_what_was_accepted_is_known_of_later() -> None:
+    made = drafting(blocks=40)
+    ready(made)
+    made.complete(planned(made), said(25, 60, 61))
+    while not made.idle:
+        step(made, STOP)
+    assert made.pool.match([*AGAIN, 23, 24, 25, 26, 27]).tokens(SIZE) == 18
+    assert made.pool.match([*AGAIN, 23, 24, 25, 60, 27]).tokens(SIZE) == 19
+    assert made.pool.held == 0
+
+
+@pytest.mark.parametrize(
+    ("sampled", "ids", "finish_reason"),
+    [((25, STOP, 27), [25], "stop"), ((STOP, 26, 27), [], "stop"), ((25, 26, STOP), [25, 26], "stop")],
+)
+def test_a_reply_ends_within_a_draft(sampled: tuple[int, ...], ids: list[int], finish_reason: str) -> None:
+    made = drafting()
+    ready(made)
+    (output,) = made.complete(planned(made), said(*sampled))
+    assert (output.ids, output.finish) == (ids, finish_reason)
+    assert output.timings is not None
+    assert made.idle
+    assert made.pool.held == 0
+
+
+def test_no_more_is_drafted_than_may_be_said() -> None:
+    made = drafting()
+    ready(made, max_tokens=4)
+    scheduled = planned(made)
+    assert scheduled.plan.ids == [24, 25]
+    (output,) = made.complete(scheduled, said(25, 26))
+    assert (output.ids, output.finish) == ([25, 26], "length")
+    made = drafting(context=18, blocks=5)
+    ready(made)
+    assert planned(made).plan.ids == [24], "the context is full then"
+
+
+def test_drafts_stay_within_the_blocks_that_a_sequence_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cortex.neuron.engine.scheduler.AHEAD", 0)
+    made = drafting(blocks=100)
+    ready(made, ids=[*AGAIN, *AGAIN], max_tokens=60)
+    for _ in range(8):
+        scheduled = planned(made)
+        (sequence,) = scheduled.sequences
+        assert len(sequence.tokens) + len(sequence.draft) <= len(sequence.blocks) * SIZE
+        made.complete(scheduled, said(*[*sequence.draft, 20 + len(sequence.tokens) % 12][: scheduled.rows]))
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        {"repetition_penalty": 1.2},
+        {"presence_penalty": 0.5},
+    ],
+)
+def test_what_depends_on_each_token_before_it_is_not_drafted(why: dict[str, Any]) -> None:
+    made = drafting()
+    ready(made, **why)
+    assert planned(made).plan.ids == [24]
+
+
+def test_beside_others_nothing_is_drafted_and_what_drafts_take_is_not_what_decode_takes() -> None:
+    made = drafting()
+    ready(made)
+    scheduled = planned(made)
+    known = dict(made._planner._pace._decode)
+    assert scheduled.rows == 3
+    made.complete(scheduled, said(25, 26, 27))
+    made.took(scheduled, 99.0)
+    assert made._planner._pace._decode == known
+    assert made.add(order(2, [1, 2, 3])) is None
+    while len(made._running) == 2 or made.waiting:
+        scheduled = planned(made)
+        assert scheduled.rows == len(scheduled.sampled)
+        made.complete(scheduled, said(*[50] * scheduled.rows))
+
+
+def test_too_few_or_too_many_tokens_for_the_rows_are_an_error() -> None:
+    made = drafting()
+    ready(made)
+    with pytest.raises(ValueError, match="2 tokens came for 3 rows"):
+        made.complete(planned(made), said(25, 26))
+
+
+def test_each_token_has_its_own_number_however_many_were_drafted() -> None:
+    """Numbers for tokens that were not accepted are those of the next ones."""
+
+    def drawn(accept: int) -> list[float]:
+        sequence = Sequence(order(1, AGAIN, temperature=1.0, seed=7), 0.0)
+        found: list[float] = []
+        while len(found) < 8:
+            ahead = [sequence.draw(at) for at in range(4)]
+            for number in ahead[:accept]:
+                sequence.append(50, 0.0)
+                found.append(number)
+        return found[:8]
+
+    assert drawn(1) == drawn(2) == drawn(4)
+    assert len(set(drawn(1))) == 8
