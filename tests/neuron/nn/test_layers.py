@@ -227,7 +227,9 @@ def test_rows_are_gathered_with_those_that_see_about_as_much_and_not_with_too_ma
         ([Segment(4, 1, [(0, 5)]), Segment(2, 1, [(9, 3)])], True),
         ([Segment(4, 1, [(0, 5)]), Segment(0, 3, [(9, 3)])], True),
         ([Segment(0, 3, [(9, 3)]), Segment(4, 1, [(0, 5)])], False),
-        ([Segment(4, 1, [(0, 5)]), Segment(1, 3, [(9, 4)])], False),
+        ([Segment(4, 1, [(0, 5)]), Segment(1, 3, [(9, 4)])], True),
+        ([Segment(4, 1, [(0, 5)]), Segment(1, 3, [(9, 2), (20, 2)])], False),
+        ([Segment(4, 1, [(0, 5)]), Segment(1, 9, [(9, 10)])], False),
         ([Segment(4, 1, [(0, 3), (7, 2)])], False),
         ([Segment(4, 1, [(0, 5)]), Segment(4, 1, [(9, 5)]), Segment(4, 1, [(0, 5)])], False),
     ],
@@ -253,3 +255,14 @@ def test_shares_are_whole_units_side_by_side() -> None:
     assert [share.of(36, 4) for share in shares] == [(0, 12), (12, 24), (24, 36)]
     assert [share.divide(36) for share in shares] == [12, 12, 12]
     assert Share().of(36, 4) == (0, 36)
+
+
+def test_a_few_tokens_in_one_run_look_once_each_as_far_as_itself() -> None:
+    (view,) = prepare(StepPlan([0] * 3, [Segment(4, 3, [(20, 7)])], []), CPU).full.looks.views
+    assert isinstance(view, View)
+    assert (view.first, view.last, view.start, view.length, view.causal) == (0, 3, 20, 7, False)
+    assert view.mask is not None
+    assert [row.count(0.0) for row in view.mask.tolist()] == [5, 6, 7]
+    assert [row.index(float("-inf")) for row in view.mask.tolist()[:2]] == [5, 6]
+    many = prepare(StepPlan([0] * 9, [Segment(4, 9, [(20, 13)])], []), CPU).full.looks.views
+    assert len(many) == 2

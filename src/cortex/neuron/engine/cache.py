@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cortex.neuron.nn.plan import Copy
-from cortex.neuron.nn.step import Access, Gathered, Step, View
+from cortex.neuron.nn.step import FEW, Access, Gathered, Step, View
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 """Scales by 1 / sqrt(width) by itself, as `_plain` does; gives the log of the sum of exponentials too."""
@@ -120,8 +120,8 @@ class LayerRuns:
             keys, values = keys_values.narrow(0, view.first, view.length).unbind(1)
         else:
             keys, values = self._run(view, 0), self._run(view, 1)
-            if view.mask is None and not self._plainly:
-                return self._at_once(chosen, keys, values)
+            if (view.mask is None or chosen.shape[0] <= FEW) and not self._plainly:
+                return self._at_once(chosen, keys, values, view.mask)
             keys, values = keys.squeeze(0).transpose(0, 1), values.squeeze(0).transpose(0, 1)
         if self._plainly:
             return _plain(chosen, keys, values, self._scale, view.mask)
@@ -149,17 +149,21 @@ class LayerRuns:
         size = (1, self._kv_heads, view.length, self._width)
         return self._stored.as_strided(size, (0, self._width, self._row, 1), offset)
 
-    def _at_once(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All rows and all heads of a group are the query rows of their KV head: nothing is expanded."""
+    def _at_once(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """All rows and all heads of a group are the query rows of their KV head: no keys are read twice."""
         rows, heads, width = queries.shape
         kv_heads = self._kv_heads
         group = heads // kv_heads
         grouped = queries.reshape(rows, kv_heads, group, width)
-        if rows == 1:
+        if rows == 1 and mask is None:
             seen, weight = _flash(grouped, keys, values)
             return seen.reshape(1, heads, width), weight.reshape(1, heads)
         grouped = grouped.transpose(0, 1).reshape(1, kv_heads, rows * group, width)
-        seen, weight = _flash(grouped, keys, values)
+        if mask is not None:
+            mask = mask.repeat_interleave(group, 0)
+        seen, weight = _flash(grouped, keys, values, attn_mask=mask)
         seen = seen.view(kv_heads, rows, group, width).transpose(0, 1).reshape(rows, heads, width)
         return seen, weight.view(kv_heads, rows, group).transpose(0, 1).reshape(rows, heads)
 

@@ -24,6 +24,10 @@ copy them, while on CUDA every call costs what thousands of them do. The latter 
 MOST_GATHERED: Final = {"cpu": 2**11, "cuda": 2**15}
 """Keys that are gathered at once at most, as a layer copies them: more of them leave the caches of a CPU."""
 
+FEW: Final = 8
+"""Several tokens, up to this, look once through a mask at a run that holds all of their sequence: to look at
+what came before and at themselves and to merge both costs more then."""
+
 
 class View(NamedTuple):
     """Some rows of the step look at some keys and values, all of them at all, or causally at their own.
@@ -269,6 +273,9 @@ class _Looking:
         return 0 if self._window is None else max(0, position - self._window + 1)
 
     def _several(self, part: Segment, row: int) -> None:
+        if self._window is None and part.length <= FEW and len(part.runs) == 1:
+            self._views.append(self._few(part, row))
+            return
         most = part.length if self._window is None else self._window
         for start in range(part.start, part.end, most):
             end = min(part.end, start + most)
@@ -280,6 +287,12 @@ class _Looking:
             for begin, count in parts(part.runs, position, start):
                 self._before(first, last, start, (begin, count), position)
                 position += count
+
+    def _few(self, part: Segment, row: int) -> View:
+        """A few rows in one run look at it once, each through a mask."""
+        start, length = part.runs[0]
+        mask = torch.full((part.length, length), float("-inf"), device=self._device).triu_(part.start + 1)
+        return View(row, row + part.length, None, start, length, False, True, mask)
 
     def _before(self, first: int, last: int, start: int, run: Run, position: int) -> None:
         """Rows [first, last), from position `start` on, see a run whose first token is at `position`."""
