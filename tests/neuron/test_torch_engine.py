@@ -158,6 +158,15 @@ def test_windows_are_kept_where_a_budget_is_good_for_more_tokens_then(make_tiny:
     little = TorchFactory().plan(order(path, memory_bytes=fixed + slots + 1000 * shape.kv_bytes_per_token))
     assert not little.detail.windowed
     assert little.detail.cache_tokens > 3000
+    budget = fixed + slots // 8 + 2100 * (shape.kv_bytes_per_token - shape.near_bytes_per_token)
+    just = TorchFactory().plan(order(path, memory_bytes=budget, max_running=1, prefix_cache=False))
+    assert just.detail.windowed, "with all rows it would not fit"
+    assert just.limit.context == 2048, "of 2100, rounded"
+    everyone = fixed + 8 * 40_000 * shape.kv_bytes_per_token
+    assert not TorchFactory().plan(order(path, memory_bytes=everyone)).detail.windowed, (
+        "there is room for all"
+    )
+    assert TorchFactory().plan(order(path, memory_bytes=everyone - 10**6)).detail.windowed
     much = TorchFactory().plan(order(path, memory_bytes=fixed + 20_000 * shape.kv_bytes_per_token))
     assert much.detail.windowed
     assert much.limit.context == 40_000

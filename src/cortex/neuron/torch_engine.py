@@ -280,14 +280,16 @@ def _room(order: LoadOrder, share: ModelShape, weights: int, *, windowed: bool) 
 
 
 def _is_better(near: _Room, plain: _Room, order: LoadOrder, share: ModelShape) -> bool:
-    """Whether layers with a window should keep that only."""
+    """Whether layers with a window should keep that only: not where all who run have room for all rows."""
     if order.memory_bytes is None:
         taken = [room.held + room.tokens * room.sizes.token for room in (near, plain)]
         return taken[0] * SAVES <= taken[1]
     least = _least_context(share)
     if max(near.tokens, plain.tokens) < least:
         return near.needed < plain.needed
-    return near.tokens >= max(least, SAVES * plain.tokens)
+    if plain.tokens < least or plain.tokens >= order.max_running * share.max_position:
+        return plain.tokens < least
+    return near.tokens >= SAVES * plain.tokens
 
 
 def _check_room(room: _Room, share: ModelShape, order: LoadOrder) -> None:

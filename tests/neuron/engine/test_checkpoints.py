@@ -150,6 +150,22 @@ def test_who_runs_gets_the_slot_that_was_unused_for_longest_and_what_was_there_g
     assert run(made, 4, [*message(1, 30), 1])[1] == 30, "there it is found again"
 
 
+def test_what_a_sequence_goes_on_from_is_not_given_up_for_the_slot_that_it_needs() -> None:
+    """All slots are taken, the host is full, and what is sought there was unused for longest."""
+    books = StateBooks(2, 1, block=SIZE)
+    sought, one, other = (Block(place) for place in range(3))
+    slot = books.begin(NOTHING)
+    books.keep(slot, sought, 4)
+    books.leave(slot, one, 8)
+    books.leave(books.begin(NOTHING), other, 8)
+    assert (sought.state, {one.state, other.state}) == (2, {0, 1})
+    books.take_copies()
+    slot = books.begin(Match([sought], None, 0))
+    assert books.take_copies() == [StateCopy(2, slot, 4)]
+    assert (sought.state, one.state, other.state is None) == (2, None, other.state == slot)
+    books.check([slot], [sought, other])
+
+
 def test_a_copy_that_is_still_to_be_made_is_not_lost_where_there_is_nothing_to_do() -> None:
     made = scheduler(running=1)
     run(made, 1, message(1, 30), max_tokens=1)

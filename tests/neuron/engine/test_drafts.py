@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cortex.hookspecs import Sampling
 from cortex.neuron.engine.blocks import BlockPool
+from cortex.neuron.engine.checkpoints import StateBooks
 from cortex.neuron.engine.drafts import FIRST, GRAM, LONGEST_PAUSE, LOOKED_BACK, MOST, PAUSE, Drafter
 from cortex.neuron.engine.messages import Generate
 from cortex.neuron.engine.pace import Pace
@@ -205,6 +206,17 @@ def test_drafts_stay_within_the_blocks_that_a_sequence_has(monkeypatch: pytest.M
         (sequence,) = scheduled.sequences
         assert len(sequence.tokens) + len(sequence.draft) <= len(sequence.blocks) * SIZE
         made.complete(scheduled, said(*[*sequence.draft, 20 + len(sequence.tokens) % 12][: scheduled.rows]))
+
+
+def test_a_draft_ends_where_a_stretch_does() -> None:
+    pool, books = BlockPool(32, SIZE), StateBooks(1, 0, block=SIZE, stride=18)
+    pace = Pace(64, 6, 1000)
+    made = Scheduler(pool, context=100, pace=pace, vocab=100, clock=lambda: 0.0, states=books)
+    ready(made)
+    scheduled = planned(made)
+    assert scheduled.plan.ids == [24, 25], "the positions 16 and 17"
+    made.complete(scheduled, said(25, 26))
+    assert planned(made).plan.ids == [26, 27, 28, 29, 30]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ class Engine:
         self._runner = runner
         caching = settings.pop("caching", True)
         stride = runner._near.stride if runner._near else None
+        settings.setdefault("prompt_lookup", runner.shape.delta is None)
         self.pace = Pace(chunk, runner.shape.layers, runner.shape.even_context)
         self.scheduler = Scheduler(
             BlockPool(rows // BLOCK, BLOCK, caching=caching),
@@ -395,7 +396,7 @@ def test_drafts_change_nothing(
         saying[:] = [*each.ids, *told.tokens]
         found += engine.run(each)
     counts = engine.scheduler.take_counts()
-    if runner._pools:
+    if runner.shape.delta is not None:
         assert not engine.drafted, "what a state has seen cannot be taken back"
     else:
         assert engine.drafted == counts.drafted > counts.accepted > 20

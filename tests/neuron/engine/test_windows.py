@@ -132,6 +132,9 @@ def test_any_steps_give_every_token_its_window(seed: int, window: int, stride: i
         most = [1 if draws.random() < 0.4 else windows.left(text) for text in chosen]
         work = [(text, draws.randint(1, length)) for text, length in zip(chosen, most, strict=True)]
         assert windows.compute(*work) <= 1e-5
+        for text, length in work:  # of some that were computed only the first ones were right
+            if draws.random() < 0.3:
+                text.cached -= draws.randint(0, length - 1)
         text, place = draws.choice(texts), WORKING + draws.randrange(KEPT)
         if text.cached and draws.random() < 0.3:
             windows.pool.copy([StateCopy(text.slot, place, text.cached)])

@@ -28,7 +28,7 @@ class Block:
         self.parent: Block | None = None
         self.children: dict[Tokens, Block] = {}
         self.state: int | None = None
-        """Where the state of recurrent layers after this block's last token is kept, if it is."""
+        """Where the sequence's state after this block's last token is kept, if it is."""
 
 
 class Match(NamedTuple):

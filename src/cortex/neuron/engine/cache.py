@@ -47,13 +47,16 @@ class RunCache:
             self._stored.narrow(1, target, count).copy_(self._stored.narrow(1, source, count))
 
 
-def reserved(shape: tuple[int, ...], device: torch.device) -> Tensor:
+def reserved(shape: tuple[int, ...], device: torch.device, *, at_once: bool = False) -> Tensor:
     """fp32 that takes no memory of the host before it is written to, and then a small page at a time: in huge
-    pages a new row would stop the step until megabytes of every layer are cleared.
+    pages a new row would stop the step until megabytes of every layer are cleared. `at_once` is for what is
+    written in large pieces, which huge pages are made for.
     """
     if device.type != "cpu" or not math.prod(shape):
         return torch.empty(shape, device=device)
     memory = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if at_once:
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32, count=math.prod(shape)).view(shape)
 
 

@@ -126,7 +126,7 @@ class StateBooks:
 
     def _make_way(self) -> int:
         """A slot to run in. If all are taken, the one unused for longest that no sequence runs in is given up
-        and goes to the host, where it is not the oldest of all and there is no room.
+        and goes to the host, unless it is the oldest of all and there is no room.
         """
         if self._free:
             return self._free.pop()

@@ -95,7 +95,7 @@ def make_scheduler(order: Load, shape: ModelShape) -> Scheduler:
         max_running=order.max_running,
         max_wait_s=order.max_wait_s,
         states=states,
-        prompt_lookup=order.options.get("prompt_lookup") is not False,
+        prompt_lookup=order.options.get("prompt_lookup") is not False and shape.delta is None,
     )
 
 

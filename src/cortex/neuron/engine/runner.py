@@ -65,6 +65,7 @@ class Runner:
         self.most_threads: int | None = None
         """More CPU threads than this do not make a step faster, if that is known."""
         self._pools = tuple(pool for pool in (states, windows) if pool is not None)
+        self._has_states = shape.delta is not None
         self._near = None if windows is None else windows.sizes
         self._way: Pass | None = None
         """The chunk that goes through the model a few layers a step."""
@@ -109,7 +110,7 @@ class Runner:
         return self._model.end(way)
 
     def _prepare(self, plan: StepPlan) -> Step:
-        return prepare(plan, self.device, self._page, self.shape.window, self._near)
+        return prepare(plan, self.device, self._page, self.shape.window, self._near, states=self._has_states)
 
 
 def load_runner(
@@ -147,6 +148,8 @@ def load_runner(
     states = None
     if shape.delta is not None:
         states = StatePool(shape.delta, len(shape.delta_layers), working, kept, device, share)
+    if stride is not None and (cuda.paged or cuda.graphs):
+        raise ValueError("a cache in pages keeps all rows of every layer; it has no slots for windows")
     windows = None
     if stride is not None and shape.window is not None:
         slots = NearSlots(shape.window, stride)

@@ -59,8 +59,9 @@ class Scheduler:
         prompt_lookup: bool = True,
     ) -> None:
         """`states` has a slot for each that may run, for models with states. With `prompt_lookup`, a sequence
-        that runs alone computes tokens that it is likely to say next along with its newest one. Raises
-        ValueError if the pool cannot hold one context.
+        that runs alone computes tokens that it is likely to say next along with its newest one: not for
+        recurrent layers, whose states cannot forget a wrong token. Raises ValueError if the pool cannot hold
+        one context.
         """
         if pool.blocks < pool.count_for(context):
             raise ValueError(f"{pool.blocks} blocks of {pool.size} tokens cannot hold {context} tokens")
@@ -74,8 +75,7 @@ class Scheduler:
         self._clock = clock
         self._max_running = max_running
         self._max_wait = max_wait_s
-        # A state that has seen a wrong draft cannot be brought back.
-        self._drafts = prompt_lookup and not self.states.active
+        self._drafts = prompt_lookup
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._copies: list[Copy] = []
@@ -174,7 +174,7 @@ class Scheduler:
         Nobody knows what of its copies and writes has happened, so the others are computed anew.
         """
         for sequence in scheduled.sequences:
-            self._release(sequence, keep_state=False)
+            self._release(sequence)
         for sequence in reversed(self._running.copy()):
             self._preempt(sequence)
         self.pool.forget_idle()
@@ -340,10 +340,10 @@ class Scheduler:
         sequence.cached = sequence.known = sequence.promised = 0
         self._waiting.appendleft(sequence)
 
-    def _release(self, sequence: Sequence, *, keep_state: bool = True) -> None:
+    def _release(self, sequence: Sequence) -> None:
         """Give its blocks back; what it has computed of a block's beginning stays known too."""
         self._running.remove(sequence)
-        keep_state = not self._planner.drop(sequence) and keep_state
+        keep_state = not self._planner.drop(sequence)
         pool = self.pool
         rest = sequence.cached - sequence.known * pool.size
         if pool.caching and 0 < rest < pool.size:

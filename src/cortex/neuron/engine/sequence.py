@@ -147,6 +147,8 @@ class Sequence:
         """
         if self.tally is None:
             room = min(most - len(self.tokens), self.sampling.max_tokens - self.generated - 1)
+            if self.stride is not None:
+                room = min(room, self.stride - self.cached % self.stride - self.missing)
             self.draft = self.drafter.propose(self.tokens, room)
 
     def take(self, rows: list[Sampled], context: int, now: float) -> Said:

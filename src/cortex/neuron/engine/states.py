@@ -41,7 +41,7 @@ class StatePool:
         self._working = working
         # Slots come first where they are copied, so that a checkpoint lies in one piece.
         self._slots = [torch.zeros(layers, working, *size, device=device) for size in (conv, memory)]
-        self._kept = [reserved((kept, layers, *size), HOST) for size in (conv, memory)]
+        self._kept = [reserved((kept, layers, *size), HOST, at_once=True) for size in (conv, memory)]
         self.stored = (*self._slots, *self._kept)
         self.nbytes = sum(part.nbytes for part in self.stored)
         self.layers = [
@@ -49,10 +49,14 @@ class StatePool:
         ]
 
     def copy(self, copies: Iterable[StateCopy]) -> None:
-        """States of every layer, one order after the other."""
+        """States of every layer, one order after the other. Each layer by itself: that lies in one piece,
+        and on its way to the host and back takes no memory of the device.
+        """
         for copy in copies:
             for which in range(2):
-                self._at(which, copy.target).copy_(self._at(which, copy.source))
+                layers = zip(self._at(which, copy.target), self._at(which, copy.source), strict=True)
+                for target, source in layers:
+                    target.copy_(source)
 
     def begin(self, segments: Iterable[Segment]) -> None:
         """Sequences whose first token is in the step have nothing behind them."""

@@ -37,30 +37,37 @@ class WindowPool:
         self.sizes = sizes
         self._working = working
         self._slots = reserved((layers, working * sizes.rows, 2, kv_heads, width), device)
-        self._kept = reserved((kept, layers, sizes.window, 2, kv_heads, width), HOST)
+        self._kept = reserved((kept, layers, sizes.window, 2, kv_heads, width), HOST, at_once=True)
         self.stored = (self._slots, self._kept)
         self.nbytes = sum(part.nbytes for part in self.stored)
         self.layers = [LayerRuns(layer, near=True) for layer in self._slots.unbind()]
 
     def copy(self, copies: Iterable[StateCopy]) -> None:
-        """Windows of every layer, one order after the other."""
+        """Windows of every layer, one order after the other. Each layer by itself: that lies in one piece,
+        and on its way to the host and back takes no memory of the device.
+        """
         for copy in copies:
-            self._at(copy.target, copy.tokens).copy_(self._at(copy.source, copy.tokens))
+            layers = zip(self._at(copy.target, copy.tokens), self._at(copy.source, copy.tokens), strict=True)
+            for target, source in layers:
+                target.copy_(source)
 
     def begin(self, segments: Iterable[Segment]) -> None:
         """Of a sequence that begins another stretch, the window behind it moves to where its slot begins."""
         window, stride = self.sizes.window, self.sizes.stride
         for part in segments:
             if self.sizes.begins(part.start):
-                source = self.sizes.last_window(part.slot, part.start)
-                target = part.slot * self.sizes.rows
-                for at in range(0, window, stride):  # further than this they would overlap
-                    count = min(stride, window - at)
+                behind = min(window, part.start)
+                source = self.sizes.end(part.slot, part.start) - behind
+                target = part.slot * self.sizes.rows + window - behind
+                for at in range(0, behind, stride):  # further than this they would overlap
+                    count = min(stride, behind - at)
                     rows = self._slots.narrow(1, source + at, count)
                     self._slots.narrow(1, target + at, count).copy_(rows)
 
-    def _at(self, slot: int, tokens: int) -> Tensor:
-        """What a slot holds of the window after so many tokens, [layers, window, 2, kv_heads, width]."""
+    def _at(self, slot: int, tokens: int) -> tuple[Tensor, ...]:
+        """What a slot holds of the window after so many tokens: of each layer [n, 2, kv_heads, width]."""
+        count = min(self.sizes.window, tokens)
         if slot < self._working:
-            return self._slots.narrow(1, self.sizes.last_window(slot, tokens), self.sizes.window)
-        return self._kept.select(0, slot - self._working)
+            return self._slots.narrow(1, self.sizes.end(slot, tokens) - count, count).unbind()
+        kept = self._kept.select(0, slot - self._working)
+        return kept.narrow(1, self.sizes.window - count, count).unbind()

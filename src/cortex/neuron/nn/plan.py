@@ -77,9 +77,9 @@ class NearSlots(NamedTuple):
         """The row that the sequence's first token has, or would have, while `position` is computed."""
         return slot * self.rows + self.window - position // self.stride * self.stride
 
-    def last_window(self, slot: int, tokens: int) -> int:
-        """The first of `window` rows that end with the last of `tokens` tokens, as it was computed."""
-        return self.origin(slot, tokens - 1) + tokens - self.window
+    def end(self, slot: int, tokens: int) -> int:
+        """The row after the last of `tokens` tokens, as that was computed."""
+        return self.origin(slot, tokens - 1) + tokens
 
     def begins(self, position: int) -> bool:
         """Whether a segment that starts there is the first of another stretch than the first one."""

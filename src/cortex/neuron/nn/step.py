@@ -139,9 +139,12 @@ def prepare(
     page: int | None = None,
     window: int | None = None,
     near: NearSlots | None = None,
+    *,
+    states: bool = True,
 ) -> Step:
     """`page` is the size of the cache's pages, if it has any; `window` that of layers which have one, and
-    `near` says where they have their rows, if not where others have theirs."""
+    `near` says where they have their rows, if not where others have theirs. `states`: there are layers that
+    have some, in the segments' slots."""
     everything = len(plan.wanted) == len(plan.ids)
     slots = [row for part in plan.segments for row in _rows(part)]
     full = Access(
@@ -156,7 +159,7 @@ def prepare(
         full,
         None if window is None or page else _near(plan, device, window, near, full),
         _pages(plan, page, device) if page else None,
-        _states(plan, device),
+        _states(plan, device) if states else None,
     )
 
 
