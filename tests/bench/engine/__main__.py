@@ -22,7 +22,7 @@ from cortex.wire.errors import CortexError
 from . import models, report
 from .child import ADAPTERS
 from .measure import PATIENCE, QUICK, Extent, Found, compare
-from .subjects import environment
+from .subjects import PROMPT_LOOKUP, environment
 
 PARTS: Final = ("speed", "quality", "agents", "interference")
 _QUIET_LOAD: Final = 0.5
@@ -35,6 +35,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started, busy = time.monotonic(), os.getloadavg()[0]
     extent = QUICK if options.quick else Extent()
+    if options.no_prompt_lookup:
+        os.environ[PROMPT_LOOKUP] = "off"
     if options.rounds:
         extent = replace(extent, rounds=options.rounds)
     try:
@@ -55,6 +57,8 @@ def main() -> int:
         if text:
             print(text + "\n")
     print(f"Medians of {extent.rounds} rounds; {time.monotonic() - started:.0f} s in all. Targets:")
+    if options.no_prompt_lookup:
+        print("(Ours computed no drafts.)")
     if options.quick:
         print("(A rough look: short conversations, a short long prompt, few positions.)")
     if busy > _QUIET_LOAD:
@@ -115,6 +119,9 @@ def _options() -> argparse.Namespace:
         )
     parser.add_argument("--rounds", type=int, metavar="N", help="of the speed measurements; 3 unless told")
     parser.add_argument("--quick", action="store_true", help="a rough look: one round, shorter runs")
+    parser.add_argument(
+        "--no-prompt-lookup", action="store_true", help="ours without drafts, which peers do not make here"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     return parser.parse_args()
 

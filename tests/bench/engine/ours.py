@@ -6,6 +6,7 @@ Its default form, or another one by `quant`.
 # Before anything that imports torch: it sets how torch's threads wait for each other.
 import cortex.neuron.engine  # noqa: F401  isort: skip
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from cortex.neuron.torch_engine import TorchFactory
 
 from .adapter import STREAMS, THREADS, Trace
 from .models import Prompt
+from .subjects import PROMPT_LOOKUP
 
 
 class Ours:
@@ -30,7 +32,12 @@ class Ours:
             self._factory = TorchFactory()
             await self._factory.start()
         order = LoadOrder(
-            model_id="bench", path=path, threads=THREADS, quant=self._quant, max_running=STREAMS
+            model_id="bench",
+            path=path,
+            threads=THREADS,
+            quant=self._quant,
+            max_running=STREAMS,
+            options={"prompt_lookup": os.environ.get(PROMPT_LOOKUP) != "off"},
         )
         self._model = await self._factory.load(self._factory.plan(order), lambda progress: None)
 

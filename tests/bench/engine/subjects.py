@@ -18,6 +18,8 @@ from typing import Any, Final
 from .models import ROOT
 
 LOGS: Final = ROOT / ".cache" / "bench"
+PROMPT_LOOKUP: Final = "BENCH_PROMPT_LOOKUP"
+"""The variable of the environment that is `off` where ours are to compute no drafts."""
 _LINE: Final = 2**24
 _GRACE: Final = 5.0
 """Seconds that a process may take to end once its input has ended."""
