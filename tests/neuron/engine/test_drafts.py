@@ -30,7 +30,11 @@ def test_what_followed_the_same_three_tokens_the_last_time_is_drafted() -> None:
 
 
 def test_a_sequence_that_repeats_itself_is_drafted_from_its_own_end() -> None:
-    assert Drafter().propose([5, 5, 5, 5], 9) == [5]
+    assert Drafter().propose([5, 5, 5, 5], 9) == [5, 5]
+    long = Drafter()
+    long._length = MOST
+    assert long.propose([1, 2, 1, 2, 1, 2, 1], 9) == [2, 1, 2, 1, 2, 1, 2]
+    assert long.propose([1, 2, 1, 2, 1, 2, 1, 8, 9, 1, 2, 1], 5) == [8, 9, 1, 2, 1]
     assert Drafter().propose([1, 2, 1, 2, 1, 2, 1], 9) == [2, 1]
     assert Drafter().propose([5, 5, 5], 9) == []
     assert Drafter().propose([], 9) == []
@@ -46,9 +50,9 @@ def test_drafts_grow_while_they_are_right_and_shrink_to_what_was() -> None:
     lengths = []
     for _ in range(4):
         lengths.append(len(drafter.propose(tokens, 99)))
-        drafter.judge(lengths[-1], lengths[-1], len(tokens))
+        drafter.judge(lengths[-1], lengths[-1], 0.1, len(tokens))
     assert lengths == [FIRST, 4, MOST, MOST]
-    drafter.judge(MOST, 3, len(tokens))
+    drafter.judge(MOST, 3, 0.1, len(tokens))
     assert len(drafter.propose(tokens, 99)) == 3
 
 
@@ -57,7 +61,7 @@ def test_drafts_that_lose_rest_for_longer_each_time_until_one_is_right() -> None
     pauses = []
     for _ in range(9):
         before = len(tokens)
-        drafter.judge(FIRST, 0, before)
+        drafter.judge(FIRST, 0, 0.1, before)
         while not drafter.propose(tokens, 9):
             tokens += LINE
             tokens += LINE[:3]
@@ -65,9 +69,16 @@ def test_drafts_that_lose_rest_for_longer_each_time_until_one_is_right() -> None
     assert pauses[0] in range(PAUSE, PAUSE + 15)
     assert pauses == sorted(pauses)
     assert pauses[-1] in range(LONGEST_PAUSE, LONGEST_PAUSE + 15)
-    drafter.judge(FIRST, FIRST, len(tokens))
-    drafter.judge(FIRST, 0, len(tokens))
+    drafter.judge(FIRST, FIRST, 0.1, len(tokens))
+    drafter.judge(FIRST, 0, 0.1, len(tokens))
     assert drafter.propose(tokens, 9), "one loss among gains is nothing"
+
+
+def test_where_drafts_cost_as_much_as_steps_right_ones_rest_too() -> None:
+    drafter, tokens = Drafter(), [*LINE, *LINE[:3]]
+    assert drafter.propose(tokens, 9)
+    drafter.judge(2, 1, 0.6, len(tokens))
+    assert not drafter.propose([*tokens, 4], 9)
 
 
 def test_of_a_long_prompt_the_end_is_looked_through() -> None:
@@ -88,7 +99,8 @@ def test_every_draft_stands_in_the_sequence_after_its_last_three(
         known = tokens[:count]
         draft = drafter.propose(known, most)
         assert len(draft) <= min(most, MOST)
-        said = [known[at : at + GRAM + len(draft)] for at in range(count)]
+        endless = [*known, *draft]
+        said = [endless[at : at + GRAM + len(draft)] for at in range(count - GRAM)]
         places = [known[at : at + GRAM] == known[count - GRAM :] for at in range(count - GRAM)]
         assert bool(draft) == (count > GRAM and any(places) and most > 0)
         if draft:
@@ -236,11 +248,15 @@ def test_beside_others_nothing_is_drafted_and_what_drafts_take_is_not_what_decod
     made = drafting()
     ready(made)
     scheduled = planned(made)
-    known = dict(made._planner._pace._decode)
+    pace = made._planner._pace
+    known, cost = dict(pace._decode), pace.draft_cost
     assert scheduled.rows == 3
     made.complete(scheduled, said(25, 26, 27))
     made.took(scheduled, 99.0)
-    assert made._planner._pace._decode == known
+    assert pace._decode == known
+    assert pace.draft_cost > cost
+    pace.drafted(4, known[1] / 2)
+    assert pace._decode[1] == pace._alone[1] == known[1] / 2, "without a draft it would have taken less"
     assert made.add(order(2, [1, 2, 3])) is None
     while len(made._running) == 2 or made.waiting:
         scheduled = planned(made)

@@ -350,6 +350,17 @@ async def test_a_reply_that_a_stop_string_ended_has_counts_and_times() -> None:
     }
 
 
+async def test_tokens_that_came_along_behind_a_stop_string_do_not_count() -> None:
+    """An engine may give several at once."""
+    engine = ScriptedEngine(lambda ids, sampling: [b"a", b"bXYZcd"])
+    reply = await whole(engine, request(stop="XY"))
+    assert reply.choices[0].message.content == "ab"
+    assert to_plain(reply)["usage"]["completion_tokens"] == 4
+    reply = await whole(engine, request(stop="never"))
+    assert reply.choices[0].message.content == "abXYZcd"
+    assert to_plain(reply)["usage"]["completion_tokens"] == 7
+
+
 async def test_what_only_looked_like_a_stop_string_comes_out_at_the_end() -> None:
     reply = await whole(ScriptedEngine("one STO"), request(stop="STOP"))
     assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("one STO", "stop")

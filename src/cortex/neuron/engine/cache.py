@@ -6,6 +6,7 @@ runs of several sequences are gathered. Whoever plans the steps owns the rows. K
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from collections.abc import Collection, Sequence
@@ -56,7 +57,8 @@ def reserved(shape: tuple[int, ...], device: torch.device, *, at_once: bool = Fa
         return torch.empty(shape, device=device)
     memory = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if at_once:
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # of kernels that have none
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32, count=math.prod(shape)).view(shape)
 
 

@@ -14,8 +14,6 @@ GRAM: Final = 3
 MOST: Final = 7
 FIRST: Final = 2
 """Tokens of a draft, at most and at first."""
-COST: Final = 0.15
-"""What a drafted token costs in steps of one token, about: weights are read once for all of a step."""
 MEMORY: Final = 0.25
 """Weight of the newest draft in what drafts are believed to gain."""
 PAUSE, LONGEST_PAUSE = 8, 256
@@ -48,11 +46,18 @@ class Drafter:
             after[tuple(tokens[at - GRAM : at])] = at
         self._indexed = count
         found = after.get(tuple(tokens[count - GRAM :]))
-        return [] if found is None else tokens[found : found + min(most, self._length)]
+        if found is None:
+            return []
+        draft = tokens[found : found + min(most, self._length)]
+        while len(draft) < min(most, self._length):  # it repeats what lies between that place and its end
+            draft.append(draft[found - count])
+        return draft
 
-    def judge(self, drafted: int, accepted: int, count: int) -> None:
-        """Of so many drafted tokens the first `accepted` were right; the sequence has `count` tokens now."""
-        self._gain += MEMORY * (accepted - COST * drafted - self._gain)
+    def judge(self, drafted: int, accepted: int, cost: float, count: int) -> None:
+        """Of so many drafted tokens, each of which costs `cost` steps of one token, the first `accepted` were
+        right; the sequence has `count` tokens now.
+        """
+        self._gain += MEMORY * (accepted - cost * drafted - self._gain)
         if accepted == drafted:
             self._length = min(MOST, 2 * self._length)
             self._pause = PAUSE

@@ -27,6 +27,9 @@ FEW: Final = 3.0
 """Attention of a few tokens to their context takes each of them so many times what it takes one of many."""
 ROUND: Final = 32
 """Chunks of long prompts have a multiple of so many tokens: kernels are made anew for each length."""
+DRAFTED: Final = 0.15
+"""What a drafted token is believed to cost at first, in steps of one that decodes: weights are read once for
+a step, those of experts more often."""
 SLICES: Final = 2
 """Layers, at least, that a chunk should pass at a time: fewer make up for a slow pass of the others then."""
 
@@ -54,6 +57,9 @@ class Pace:
         """Seconds that work takes in the pass of those who decode."""
         self._apart: float | None = None
         """Seconds that work takes in a layer of a pass of its own."""
+
+        self.draft_cost = DRAFTED
+        """Of each drafted token, in steps of one that decodes alone."""
 
     def work(self, tokens: int, context: int) -> float:
         """Of a chunk of the tokens that follow `context` others."""
@@ -117,6 +123,15 @@ class Pace:
                 _decoded(self._alone, decoding, seconds)
         elif decoding in self._decode:
             self._beside = _moved(self._beside, seconds - self._decode[decoding], beside)
+
+    def drafted(self, tokens: int, seconds: float) -> None:
+        """A pass of one that decodes alone took `seconds` with so many drafted tokens. Without them it would
+        have taken less, so what is believed of that is no more: the first pass may have been a slow one.
+        """
+        usual = self._decode[1] = min(self._decode[1], seconds)
+        self._alone[1] = min(self._alone[1], seconds)
+        found = min(1.0, (seconds / usual - 1) / tokens) if usual else 0.0
+        self.draft_cost += MEMORY * (found - self.draft_cost)
 
     def passed(self, work: float, layers: int, seconds: float) -> None:
         """So much work went through so many layers in a pass of its own."""

@@ -25,7 +25,7 @@ class Scheduled(NamedTuple):
 
     plan: StepPlan
     sequences: list[Sequence]
-    """All that have a part in the step. The first `decoding` decode, one token each."""
+    """All that have a part in the step. The first `decoding` decode, one token each and their drafts."""
     ends: list[tuple[Sequence, int]]
     """How many tokens of whom the cache holds after it, where that changes."""
     sampled: list[Sequence]
@@ -110,9 +110,16 @@ class Planner:
         """
         return sequence.in_decode and self._pace.knows(1)
 
+    @property
+    def draft_cost(self) -> float:
+        """Of each token of a draft, in steps without one."""
+        return self._pace.draft_cost
+
     def took(self, scheduled: Scheduled, seconds: float) -> None:
-        """The step has taken so long; the next ones go by that, but for steps with a draft."""
-        if len(scheduled.plan.wanted) > len(scheduled.sampled):
+        """The step has taken so long; the next ones go by that."""
+        drafted = len(scheduled.plan.wanted) - len(scheduled.sampled)
+        if drafted > 0:
+            self._pace.drafted(drafted, seconds)
             return
         if scheduled.plan.layers:
             self._pace.passed(scheduled.work, scheduled.plan.layers, seconds)

@@ -377,7 +377,7 @@ class Scheduler:
 
     def _accept(self, sequence: Sequence, rows: list[Sampled], now: float) -> Output:
         drafted, hit, sequence.hit = len(sequence.draft), sequence.hit, None
-        said = sequence.take(rows, self._context, now)
+        said = sequence.take(rows, self._context, self._planner.draft_cost, now)
         if drafted:
             self.counts.drafted += drafted
             self.counts.accepted += said.accepted

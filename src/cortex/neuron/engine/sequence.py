@@ -151,9 +151,10 @@ class Sequence:
                 room = min(room, self.stride - self.cached % self.stride - self.missing)
             self.draft = self.drafter.propose(self.tokens, room)
 
-    def take(self, rows: list[Sampled], context: int, now: float) -> Said:
+    def take(self, rows: list[Sampled], context: int, cost: float, now: float) -> Said:
         """What was sampled after the newest token and, as long as that is what was drafted, after each token
-        of the draft: what is cached from a wrong one on is never read. It may have `context` tokens.
+        of the draft: what is cached from a wrong one on is never read. It may have `context` tokens; each of
+        a draft costs `cost` steps.
         """
         draft, self.draft = self.draft, []
         said = Said([], [], None, 0)
@@ -174,7 +175,7 @@ class Sequence:
             said = said._replace(accepted=ahead + 1)
         self.cached += said.accepted
         if draft:
-            self.drafter.judge(len(draft), said.accepted, len(self.tokens))
+            self.drafter.judge(len(draft), said.accepted, cost, len(self.tokens))
         return said
 
     def append(self, token: int, now: float) -> None:

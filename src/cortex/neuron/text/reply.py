@@ -66,6 +66,7 @@ class Reply:
         self._chunks = chunks
         self._text = codec.detokenizer()
         self._stops = StopStrings(stops)
+        self._may_stop = bool(stops)
         self._timer = timer
         self._pending = PendingLogprobs(codec) if logprobs else None
         self._began = self._first = self._last = timer()
@@ -82,16 +83,26 @@ class Reply:
         Sets `finish` where the batch is the last. Raises BadRequest if it brings no log probabilities
         although they were asked for.
         """
+        before = self.tokens
         if batch.ids:
             self._last = self._timer()
-            self._first = self._first if self.tokens else self._last
+            self._first = self._first if before else self._last
             self.tokens += len(batch.ids)
         if batch.cached_tokens is not None:
             self.cached_tokens = batch.cached_tokens
         self._engine_timings = batch.timings
         pending = self._pending
-        decoded = self._text.feed(batch.ids) if pending is None else _follow(batch, self._text, pending)
-        text = self._stops.feed(decoded)
+        if pending is not None:
+            text = self._stops.feed(_follow(batch, self._text, pending))
+        elif self._may_stop and len(batch.ids) > 1:
+            text = ""
+            for count, token in enumerate(batch.ids, 1):
+                text += self._stops.feed(self._text.feed([token]))
+                if self._stops.hit is not None:  # what was computed behind that is nobody's to pay
+                    self.tokens = before + count
+                    break
+        else:
+            text = self._stops.feed(self._text.feed(batch.ids))
         if batch.finish is not None:
             text += self._stops.feed(self._text.flush())
             text += self._stops.flush()
