@@ -15,7 +15,7 @@ import msgspec
 from cortex import hookimpl
 from cortex.hookspecs import Codec, EngineFactory, LoadedModel, LoadOrder, LoadPlan
 from cortex.neuron.engine import entry
-from cortex.neuron.engine.messages import WATCHDOG_S, Load
+from cortex.neuron.engine.messages import WATCHDOG_S, Load, has_pages
 from cortex.neuron.hub_files import is_of, name_of
 from cortex.neuron.models.division import indivisible, largest_share, rank_weight_bytes
 from cortex.neuron.models.reading import read_shape
@@ -48,8 +48,6 @@ SAVES: Final = 1.5
 without one the cache takes that much less: with all rows kept, a prompt goes on from any known token."""
 WINDOWS_EACH: Final = 4
 """Windows that are kept on the host, at most, for each sequence that may run."""
-PAGED_BY: Final = ("cuda_paged", "cuda_graphs")
-"""Options with which the cache has pages."""
 PATIENCE: Final = 10
 """A step of ranks may take so many times as long as one of their waits for each other, which the watchdog
 limits."""
@@ -83,8 +81,8 @@ class _Sizes(NamedTuple):
 
 
 class _Room(NamedTuple):
-    """Of each rank: tokens that its cache holds and checkpoints that there are; bytes of these and the slots,
-    of all beside the cache, and of all with a cache of the shortest context."""
+    """Tokens that the cache holds, checkpoints that there are, and bytes of a rank: `held` by slots and
+    checkpoints, `fixed` with weights and process too. `needed` are a device's with the shortest context."""
 
     sizes: _Sizes
     tokens: int
@@ -134,9 +132,10 @@ class TorchFactory:
             raise BadRequest(f"{order.model_id}: {hindrance}", param="tensor_parallel")
         share = largest_share(shape, ranks)
         weights = rank_weight_bytes(shape, ranks, dtype, packs=order.devices[0] == CPU)
+        options = {**self._options, **order.options}
         room = _room(order, share, weights, windowed=False)
         windowed = False
-        if share.sliding_layers and not self._has_pages(order):
+        if share.sliding_layers and not has_pages(order.devices[0], options):  # which keep all rows
             near = _room(order, share, weights, windowed=True)
             windowed = _is_better(near, room, order, share)
             room = near if windowed else room
@@ -154,13 +153,8 @@ class TorchFactory:
             order=order,
             bytes_per_device=bytes_per_device,
             limit=Limit(context=context, input=context, output=context),
-            detail=_Detail(dtype, room.tokens, room.checkpoints, windowed, self._options),
+            detail=_Detail(dtype, room.tokens, room.checkpoints, windowed, options),
         )
-
-    def _has_pages(self, order: LoadOrder) -> bool:
-        """Whether the cache has pages, which keep all rows of every layer."""
-        options = {**self._options, **order.options}
-        return order.devices[0] != CPU and any(options.get(name) is True for name in PAGED_BY)
 
     def _form(self, order: LoadOrder, checkpoint: Checkpoint) -> str:
         """How the weights are to be held, one of DTYPES. Raises BadRequest."""
@@ -200,7 +194,7 @@ class TorchFactory:
             raise
         patience_s = None
         if len(order.devices) > 1:  # a single worker waits for nobody
-            patience_s = PATIENCE * _options(plan).get("watchdog_s", WATCHDOG_S)
+            patience_s = PATIENCE * plan.detail.options.get("watchdog_s", WATCHDOG_S)
         engine = WorkerEngine(order.model_id, ranks, ranks.reports, patience_s=patience_s)
         return WorkerModel(engine, codec)
 
@@ -287,9 +281,10 @@ def _is_better(near: _Room, plain: _Room, order: LoadOrder, share: ModelShape) -
     least = _least_context(share)
     if max(near.tokens, plain.tokens) < least:
         return near.needed < plain.needed
-    if plain.tokens < least or plain.tokens >= order.max_running * share.max_position:
-        return plain.tokens < least
-    return near.tokens >= SAVES * plain.tokens
+    if plain.tokens < least:
+        return True
+    has_room_for_all = plain.tokens >= order.max_running * share.max_position
+    return not has_room_for_all and near.tokens >= SAVES * plain.tokens
 
 
 def _check_room(room: _Room, share: ModelShape, order: LoadOrder) -> None:
@@ -323,10 +318,6 @@ def _checkpoints(order: LoadOrder, each: int, needed: int) -> int:
     return allowed // (len(order.devices) * each)
 
 
-def _options(plan: LoadPlan) -> dict[str, Any]:
-    return {**plan.detail.options, **plan.order.options}
-
-
 def _order(plan: LoadPlan) -> Load:
     """The order for rank 0 of one."""
     order, detail = plan.order, plan.detail
@@ -343,5 +334,5 @@ def _order(plan: LoadPlan) -> Load:
         prefix_cache=order.prefix_cache,
         checkpoints=detail.checkpoints,
         windowed=detail.windowed,
-        options=_options(plan),
+        options=detail.options,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 import torch
@@ -21,6 +21,7 @@ from cortex.neuron.nn.step import FEW, Access, Gathered, Step, View
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 """Scales by 1 / sqrt(width) by itself, as `_plain` does; gives the log of the sum of exponentials too."""
 
+HOST: Final = torch.device("cpu")
 SCORES: Final = 2**24
 """Elements of scores that plain attention computes at a time."""
 
@@ -60,6 +61,14 @@ def reserved(shape: tuple[int, ...], device: torch.device, *, at_once: bool = Fa
         with contextlib.suppress(OSError):  # of kernels that have none
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32, count=math.prod(shape)).view(shape)
+
+
+def copy_layers(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Each layer by itself: it lies in one piece, and on its way to the host and back takes no memory of the
+    device.
+    """
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def _joined(copies: Sequence[Copy]) -> list[tuple[int, int, int]]:

@@ -22,8 +22,8 @@ class StateBooks:
     """`working` slots where sequences run, and after them `kept` places on the host for checkpoints, which
     slots that nobody runs in are too. A model without states has none, and everything here then does nothing.
 
-    `block` is the size of blocks in tokens, `apart` how many tokens there are at least between two marks, and
-    `stride`, if not None, of how many the tokens of one step are never a multiple but at their end.
+    `block` is the size of blocks in tokens, `apart` how many tokens there are at least between two marks.
+    No step computes tokens of a sequence on both sides of a multiple of `stride`, if that is not None.
     """
 
     def __init__(

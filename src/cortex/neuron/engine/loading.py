@@ -16,7 +16,7 @@ import torch
 from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.channel import Channel, PeerGone
 from cortex.neuron.engine.checkpoints import StateBooks
-from cortex.neuron.engine.messages import Load, LoadProgress
+from cortex.neuron.engine.messages import Load, LoadProgress, has_pages
 from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.paged import PAGE
 from cortex.neuron.engine.ranks import Ranks
@@ -109,7 +109,7 @@ def pool_blocks(order: Load) -> int:
 
 
 def block_size(order: Load) -> int:
-    return PAGE if any(_cuda_options(order)) else BLOCK
+    return PAGE if has_pages(order.device, order.options) else BLOCK
 
 
 def _cuda_options(order: Load) -> CudaOptions:

@@ -51,6 +51,11 @@ class Load(_Message, frozen=True, kw_only=True, tag="load"):
     options: Mapping[str, Any] = {}
 
 
+def has_pages(device: str, options: Mapping[str, Any]) -> bool:
+    """Whether a model's cache has pages on this device, with these options of a load."""
+    return device != "cpu" and any(options.get(name) is True for name in ("cuda_paged", "cuda_graphs"))
+
+
 class Generate(_Message, frozen=True, kw_only=True, tag="generate"):
     """Start a sequence; `key` names it on this border and is never used twice."""
 

@@ -57,7 +57,6 @@ class Pace:
         """Seconds that work takes in the pass of those who decode."""
         self._apart: float | None = None
         """Seconds that work takes in a layer of a pass of its own."""
-
         self.draft_cost = DRAFTED
         """Of each drafted token, in steps of one that decodes alone."""
 

@@ -377,8 +377,9 @@ class Scheduler:
 
     def _accept(self, sequence: Sequence, rows: list[Sampled], now: float) -> Output:
         drafted, hit, sequence.hit = len(sequence.draft), sequence.hit, None
-        said = sequence.take(rows, self._context, self._planner.draft_cost, now)
+        said = sequence.take(rows, self._context, now)
         if drafted:
+            sequence.drafter.judge(drafted, said.accepted, self._planner.draft_cost, len(sequence.tokens))
             self.counts.drafted += drafted
             self.counts.accepted += said.accepted
             self._learn(sequence)

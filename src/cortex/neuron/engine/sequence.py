@@ -94,12 +94,12 @@ class Sequence:
     @property
     def piece(self) -> int:
         """Of the missing tokens, those that may be computed at once."""
-        most = self.missing
-        if self.marks:
-            most = min(most, self.marks[0] - self.cached)
-        if self.stride is not None:
-            most = min(most, self.stride - self.cached % self.stride)
-        return most
+        most = self._within_stretch(self.missing)
+        return min(most, self.marks[0] - self.cached) if self.marks else most
+
+    def _within_stretch(self, tokens: int) -> int:
+        """Of so many tokens from the first missing one on, those that one step may compute."""
+        return tokens if self.stride is None else min(tokens, self.stride - self.cached % self.stride)
 
     @property
     def generated(self) -> int:
@@ -128,7 +128,7 @@ class Sequence:
     def blocks_changed(self) -> None:
         self._runs = []
 
-    def draw(self, ahead: int = 0) -> float:
+    def draw(self, ahead: int) -> float:
         """The number in [0, 1) for the token that is to come after `ahead` others: from the sequence's own
         seed, whatever its batch mates do.
         """
@@ -147,14 +147,12 @@ class Sequence:
         """
         if self.tally is None:
             room = min(most - len(self.tokens), self.sampling.max_tokens - self.generated - 1)
-            if self.stride is not None:
-                room = min(room, self.stride - self.cached % self.stride - self.missing)
+            room = self._within_stretch(self.missing + room) - self.missing
             self.draft = self.drafter.propose(self.tokens, room)
 
-    def take(self, rows: list[Sampled], context: int, cost: float, now: float) -> Said:
+    def take(self, rows: list[Sampled], context: int, now: float) -> Said:
         """What was sampled after the newest token and, as long as that is what was drafted, after each token
-        of the draft: what is cached from a wrong one on is never read. It may have `context` tokens; each of
-        a draft costs `cost` steps.
+        of the draft: what is cached from a wrong one on is never read. It may have `context` tokens.
         """
         draft, self.draft = self.draft, []
         said = Said([], [], None, 0)
@@ -174,8 +172,6 @@ class Sequence:
                 break
             said = said._replace(accepted=ahead + 1)
         self.cached += said.accepted
-        if draft:
-            self.drafter.judge(len(draft), said.accepted, cost, len(self.tokens))
         return said
 
     def append(self, token: int, now: float) -> None:

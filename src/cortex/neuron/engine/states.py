@@ -11,12 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cortex.neuron.engine.cache import reserved
+from cortex.neuron.engine.cache import HOST, copy_layers, reserved
 from cortex.neuron.models.shape import DeltaShape
 from cortex.neuron.nn.placement import Share
 from cortex.neuron.nn.plan import Segment, StateCopy
-
-HOST = torch.device("cpu")
 
 
 class LayerSlots(NamedTuple):
@@ -49,14 +47,10 @@ class StatePool:
         ]
 
     def copy(self, copies: Iterable[StateCopy]) -> None:
-        """States of every layer, one order after the other. Each layer by itself: that lies in one piece,
-        and on its way to the host and back takes no memory of the device.
-        """
+        """States of every layer, one order after the other."""
         for copy in copies:
             for which in range(2):
-                layers = zip(self._at(which, copy.target), self._at(which, copy.source), strict=True)
-                for target, source in layers:
-                    target.copy_(source)
+                copy_layers(self._at(which, copy.target), self._at(which, copy.source))
 
     def begin(self, segments: Iterable[Segment]) -> None:
         """Sequences whose first token is in the step have nothing behind them."""

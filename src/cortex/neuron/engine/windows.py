@@ -12,10 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cortex.neuron.engine.cache import LayerRuns, reserved
+from cortex.neuron.engine.cache import HOST, LayerRuns, copy_layers, reserved
 from cortex.neuron.nn.plan import NearSlots, Segment, StateCopy
-
-HOST = torch.device("cpu")
 
 
 class WindowPool:
@@ -43,13 +41,9 @@ class WindowPool:
         self.layers = [LayerRuns(layer, near=True) for layer in self._slots.unbind()]
 
     def copy(self, copies: Iterable[StateCopy]) -> None:
-        """Windows of every layer, one order after the other. Each layer by itself: that lies in one piece,
-        and on its way to the host and back takes no memory of the device.
-        """
+        """Windows of every layer, one order after the other."""
         for copy in copies:
-            layers = zip(self._at(copy.target, copy.tokens), self._at(copy.source, copy.tokens), strict=True)
-            for target, source in layers:
-                target.copy_(source)
+            copy_layers(self._at(copy.target, copy.tokens), self._at(copy.source, copy.tokens))
 
     def begin(self, segments: Iterable[Segment]) -> None:
         """Of a sequence that begins another stretch, the window behind it moves to where its slot begins."""

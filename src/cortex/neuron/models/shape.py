@@ -191,12 +191,12 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kv_bytes_per_token(self) -> int:
         """fp32 keys and values of every layer that has any."""
-        return 4 * 2 * len(self.attention_layers) * self.kv_heads * self.head_dim
+        return len(self.attention_layers) * self._layer_kv_bytes
 
     @property
     def near_bytes_per_token(self) -> int:
         """Of these, those of layers with a window."""
-        return 4 * 2 * len(self.sliding_layers) * self.kv_heads * self.head_dim
+        return len(self.sliding_layers) * self._layer_kv_bytes
 
     @property
     def state_bytes(self) -> int:
@@ -206,6 +206,10 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         sizes = self.delta
         memory = sizes.value_heads * sizes.key_width * sizes.value_width
         return 4 * len(self.delta_layers) * (memory + sizes.channels * (sizes.kernel - 1))
+
+    @property
+    def _layer_kv_bytes(self) -> int:
+        return 4 * 2 * self.kv_heads * self.head_dim
 
     @property
     def _qkv_rows(self) -> int:

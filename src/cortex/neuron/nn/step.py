@@ -7,7 +7,6 @@ of them a query sees.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import msgspec
@@ -146,12 +145,7 @@ def prepare(
     `near` says where they have their rows, if not where others have theirs. `states`: there are layers that
     have some, in the segments' slots."""
     everything = len(plan.wanted) == len(plan.ids)
-    slots = [row for part in plan.segments for row in _rows(part)]
-    full = Access(
-        torch.tensor(slots, device=device),
-        None if page else _first(slots),
-        Looks((), True) if page else _Looking(plan, device, None).looks(),
-    )
+    full = _paged_access(plan, device) if page else _access(plan, device, None)
     return Step(
         torch.tensor(plan.ids, device=device),
         torch.tensor(plan.positions, device=device),
@@ -175,20 +169,28 @@ def _near(
         msgspec.structs.replace(part, runs=[(near.origin(part.slot, part.start), part.end)])
         for part in plan.segments
     ]
-    own = msgspec.structs.replace(plan, segments=segments)
-    slots = [row for part in segments for row in _rows(part)]
-    return Access(torch.tensor(slots, device=device), _first(slots), _Looking(own, device, window).looks())
+    return _access(msgspec.structs.replace(plan, segments=segments), device, window)
 
 
-def _rows(part: Segment) -> Iterator[int]:
-    """Where a segment's own tokens are stored."""
-    for first, count in parts(part.runs, part.start, part.end):
-        yield from range(first, first + count)
+def _access(plan: StepPlan, device: torch.device, window: int | None) -> Access:
+    slots = _slots(plan)
+    follow = slots == [*range(slots[0], slots[0] + len(slots))]
+    looks = _Looking(plan, device, window).looks()
+    return Access(torch.tensor(slots, device=device), slots[0] if follow else None, looks)
 
 
-def _first(slots: list[int]) -> int | None:
-    """The first of slots that follow each other, if they do."""
-    return slots[0] if slots == [*range(slots[0], slots[0] + len(slots))] else None
+def _paged_access(plan: StepPlan, device: torch.device) -> Access:
+    """Which looks by its pages."""
+    return Access(torch.tensor(_slots(plan), device=device), None, Looks((), True))
+
+
+def _slots(plan: StepPlan) -> list[int]:
+    """Where the tokens of a step are stored."""
+    slots: list[int] = []
+    for part in plan.segments:
+        for first, count in parts(part.runs, part.start, part.end):
+            slots += range(first, first + count)
+    return slots
 
 
 def _states(plan: StepPlan, device: torch.device) -> States | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cortex.hookspecs import Codec, Detokenizer, EngineTimings, TokenBatch
+from cortex.hookspecs import Codec, EngineTimings, TokenBatch
 from cortex.neuron.text.logprobs import PendingLogprobs
 from cortex.neuron.text.stop import StopStrings
 from cortex.wire.chat import (
@@ -83,32 +83,40 @@ class Reply:
         Sets `finish` where the batch is the last. Raises BadRequest if it brings no log probabilities
         although they were asked for.
         """
-        before = self.tokens
         if batch.ids:
             self._last = self._timer()
-            self._first = self._first if before else self._last
-            self.tokens += len(batch.ids)
+            self._first = self._first if self.tokens else self._last
         if batch.cached_tokens is not None:
             self.cached_tokens = batch.cached_tokens
         self._engine_timings = batch.timings
-        pending = self._pending
-        if pending is not None:
-            text = self._stops.feed(_follow(batch, self._text, pending))
-        elif self._may_stop and len(batch.ids) > 1:
-            text = ""
-            for count, token in enumerate(batch.ids, 1):
-                text += self._stops.feed(self._text.feed([token]))
-                if self._stops.hit is not None:  # what was computed behind that is nobody's to pay
-                    self.tokens = before + count
-                    break
-        else:
-            text = self._stops.feed(self._text.feed(batch.ids))
+        text = self._decode(batch)
         if batch.finish is not None:
             text += self._stops.feed(self._text.flush())
             text += self._stops.flush()
         self.finish = "stop" if self._stops.hit is not None else batch.finish
-        tokens = None if pending is None else self._shown_by(text, pending)
+        tokens = None if self._pending is None else self._shown_by(text, self._pending)
         return self._chunks.text(text, tokens) if text or tokens or not self._chunks.started else None
+
+    def _decode(self, batch: TokenBatch) -> str:
+        """The text of a batch that stop strings let through. What was computed behind one does not count."""
+        pending, told = self._pending, batch.logprobs or []
+        if pending is not None and len(told) != len(batch.ids):
+            raise BadRequest(
+                "The engine of this model gives no log probabilities; leave logprobs out.", param="logprobs"
+            )
+        if pending is None and not self._may_stop:
+            self.tokens += len(batch.ids)
+            return self._text.feed(batch.ids)
+        text = ""
+        for at, token in enumerate(batch.ids):
+            if self._stops.hit is not None:
+                break
+            piece = self._text.feed([token])
+            if pending is not None:
+                pending.add(told[at], piece)
+            self.tokens += 1
+            text += self._stops.feed(piece)
+        return text
 
     def last_chunk(self) -> ChatChunk:
         return self._chunks.finish(str(self.finish))
@@ -150,21 +158,6 @@ def usage(replies: Sequence[Reply]) -> Usage:
     if cached:
         found.prompt_tokens_details = PromptTokensDetails(cached_tokens=min(cached))
     return found
-
-
-def _follow(batch: TokenBatch, decoder: Detokenizer, pending: PendingLogprobs) -> str:
-    """The text of a batch, decoded token by token, to know where in it each of them begins."""
-    tokens = batch.logprobs or []
-    if len(tokens) != len(batch.ids):
-        raise BadRequest(
-            "The engine of this model gives no log probabilities; leave logprobs out.", param="logprobs"
-        )
-    text = ""
-    for token in tokens:
-        piece = decoder.feed([token.id])
-        pending.add(token, piece)
-        text += piece
-    return text
 
 
 def _rate(count: int, milliseconds: float) -> float:
