@@ -111,6 +111,7 @@ class TorchSection(_Section, frozen=True, kw_only=True):
     threads: int | None = None
     cuda_paged: bool = False
     cuda_graphs: bool = False
+    cuda_run_ahead: bool = False
     watchdog_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 60.0
     prompt_lookup: bool = True
 

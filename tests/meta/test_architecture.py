@@ -26,6 +26,7 @@ TORCH_ROOMS = (
     "cortex.neuron.engine.cache",
     "cortex.neuron.engine.graphs",
     "cortex.neuron.engine.loading",
+    "cortex.neuron.engine.loop",
     "cortex.neuron.engine.paged",
     "cortex.neuron.engine.ranks",
     "cortex.neuron.engine.runner",

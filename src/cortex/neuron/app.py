@@ -174,6 +174,7 @@ def load_engines(config: NeuronConfig) -> EnginePlugins:
     options = {
         "cuda_paged": torch.cuda_paged,
         "cuda_graphs": torch.cuda_graphs,
+        "cuda_run_ahead": torch.cuda_run_ahead,
         "watchdog_s": torch.watchdog_s,
         "prompt_lookup": torch.prompt_lookup,
     }

@@ -76,6 +76,17 @@ def test_a_bucket_is_captured_once_and_filled_anew_each_time() -> None:
     assert graphs.buckets == [1, 4]
 
 
+def test_ids_that_are_on_the_device_are_those_of_a_step_that_follows() -> None:
+    graphs = graphs_on_cpu()
+    for ids in ([5], [6, 7, 8]):
+        segments = [Segment(row, 1, [(row * PAGE, row + 1)]) for row in range(len(ids))]
+        plan = StepPlan([0] * len(ids), segments, [*range(len(ids))], follows=[*range(len(ids))])
+        logits = graphs.logits(plan, torch.tensor(ids))
+        assert logits is not None
+        assert logits[:, 0].tolist() == ids
+    assert graphs._captured[4].logits[3, 0] == 0
+
+
 @pytest.mark.parametrize(
     "plan",
     [

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from cortex.hookspecs import Sampling
-from cortex.neuron.engine import worker
+from cortex.neuron.engine import loop
 from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.checkpoints import StateBooks
 from cortex.neuron.engine.drafts import Drafter
 from cortex.neuron.engine.loading import BLOCK
 from cortex.neuron.engine.messages import Generate
 from cortex.neuron.engine.pace import Pace
+from cortex.neuron.engine.planning import Scheduled
 from cortex.neuron.engine.runner import Runner, load_runner
+from cortex.neuron.engine.sampler import Chosen
 from cortex.neuron.engine.scheduler import Scheduler
 from cortex.neuron.nn import matrix
 from cortex.neuron.nn.placement import Dtype, Placement
@@ -98,11 +100,23 @@ class Told(NamedTuple):
     cached: int
 
 
+class Flight(NamedTuple):
+    """A step that was computed and is not read yet."""
+
+    scheduled: Scheduled
+    rows: Tensor
+    chosen: Chosen | None
+
+
 class Engine:
     """The worker's loop without a worker: each step is taken by hand."""
 
-    def __init__(self, runner: Runner, *, rows: int = ROWS, chunk: int = 512, **settings: Any) -> None:
+    def __init__(
+        self, runner: Runner, *, rows: int = ROWS, chunk: int = 512, run_ahead: bool = False, **settings: Any
+    ) -> None:
         self._runner = runner
+        self._run_ahead = run_ahead
+        self._flight: Flight | None = None
         caching = settings.pop("caching", True)
         stride = runner._near.stride if runner._near else None
         settings.setdefault("prompt_lookup", runner.shape.delta is None)
@@ -118,8 +132,9 @@ class Engine:
         )
         self.told: dict[int, Told] = {}
         self.open: set[int] = set()
-        self.moved = self.layered = self.drafted = 0
-        """Blocks that were copied whole, steps in which a chunk passed some layers, and tokens of drafts."""
+        self.moved = self.layered = self.drafted = self.ahead = 0
+        """Blocks that were copied whole, steps in which a chunk passed some layers, tokens of drafts, and
+        steps that set out before the last one was read."""
         runner._cache._stored.fill_(float("nan"))
         for stored in [part for pool in runner._pools for part in pool.stored]:
             stored.fill_(float("nan"))
@@ -134,20 +149,37 @@ class Engine:
         self.open.discard(key)
 
     def step(self) -> None:
-        scheduled = self.scheduler.schedule()
-        if scheduled is None:
-            assert not self.open
-            return
+        flight = self._flight
+        if flight is None:
+            scheduled = self.scheduler.schedule()
+            if scheduled is None:
+                assert not self.open
+                return
+            flight = self._launch(scheduled)
+        self._flight = None
+        if self._run_ahead and flight.chosen is not None:
+            following = self.scheduler.follow(flight.scheduled)
+            if following is not None:
+                self.ahead += 1
+                self._flight = self._launch(following, flight.chosen.tokens)
+        self._land(flight)
+
+    def _launch(self, scheduled: Scheduled, sampled: Tensor | None = None) -> Flight:
         self.moved += sum(copy.count == BLOCK for copy in scheduled.plan.copies)
-        logits = self._runner.logits(scheduled.plan)
+        logits = self._runner.logits(scheduled.plan, sampled)
         self.layered += scheduled.plan.layers > 0
         rows = logits.clone()
-        sampled = worker._sample(logits, scheduled.sampled)
+        return Flight(scheduled, rows, loop._choose(logits, scheduled))
+
+    def _land(self, flight: Flight) -> None:
+        scheduled = flight.scheduled
+        sampled = loop._read(flight.chosen)
         assert sampled is not None, "a row of the cache was read that nobody has written"
         counts = [1 + len(sequence.draft) for sequence in scheduled.sampled]
-        outputs = self.scheduler.complete(scheduled, sampled)
-        for output, own in zip(outputs, rows.split(counts) if counts else [], strict=True):
-            told = self.told[output.key]
+        rows = flight.rows.split(counts) if counts else []
+        own_rows = {sequence.key: own for sequence, own in zip(scheduled.sampled, rows, strict=True)}
+        for output in self.scheduler.complete(scheduled, sampled):
+            told, own = self.told[output.key], own_rows[output.key]
             told.logits.extend(own[: len(output.ids) + (output.finish == "stop")])
             told.tokens.extend(output.ids)
             self.drafted += len(own) - 1
@@ -414,3 +446,33 @@ def test_a_seed_says_the_same_whatever_the_batch(case: Case, runner: Runner) -> 
     told = Engine(runner, chunk=16).run(*others[:3], *mine[:3], *others[3:], *mine[3:])
     all_same([*told[3:6], *told[9:]], alone, case)
     assert len({tuple(one.tokens) for one in alone}) == len(seeds), "each seed says something else"
+
+
+def test_steps_that_set_out_before_the_last_one_is_read_change_nothing(
+    case: Case, runner: Runner, alone: Callable[[Generate], Told]
+) -> None:
+    """Beside others who come, go and end; what was computed of somebody who had ended is nobody's."""
+    chance = random.Random(4)
+    engine = Engine(runner, chunk=64, run_ahead=True, max_running=6)
+    settings = [MIXED[index] for index in (0, 1, 5, 7)] + [{"temperature": 0.8, "top_k": 9, "seed": 8}]
+    mine = [order(1 + index, prompt(index, 30), 90, **each) for index, each in enumerate(settings)]
+    if runner._pools:
+        engine.run(*mine[:2])
+        assert not engine.ahead, "what a state has seen cannot be taken back"
+        return
+    waiting, others, wasted = list(mine), 100, 0
+    while waiting or engine.open & {each.key for each in mine}:
+        if waiting and chance.random() < 0.2:
+            engine.add(waiting.pop())
+        strangers = [key for key in engine.open if key > 100]
+        if len(strangers) < 3 and chance.random() < 0.1:
+            others += 1
+            often = tuple(range(0, 199, 7))
+            engine.add(order(others, prompt(others, 9), 60, temperature=1.0, stop_ids=often))
+        elif strangers and chance.random() < 0.1:
+            engine.cancel(chance.choice(strangers))
+        engine.step()
+        wasted += engine.scheduler.take_counts().wasted
+    assert engine.ahead > 20
+    assert wasted > 1
+    all_same([engine.told[each.key] for each in mine], [alone(each) for each in mine], case)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cortex.hookspecs import Sampling
-from cortex.neuron.engine.sampler import CANDIDATES, Row, sample
+from cortex.neuron.engine.sampler import CANDIDATES, Row, choose
 from cortex.neuron.engine.sequence import Tally
 
 VOCAB = 3 * CANDIDATES[0]
@@ -38,7 +38,7 @@ def row_for(
 def tokens(rows: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> list[int | None]:
     """What is chosen; `rows` stay as they are."""
     asked = [row_for(setting, draw) for setting, draw in zip(settings, draws, strict=True)]
-    return [None if found is None else found[0] for found in sample(rows.clone(), asked)]
+    return [None if found is None else found[0] for found in choose(rows.clone(), asked).read()]
 
 
 def drawn(row: Tensor, setting: Sampling, draws: Sequence[float]) -> list[int | None]:
@@ -171,7 +171,7 @@ def shifted(rows: Tensor, asked: Sequence[Row]) -> Tensor:
     """The logits that greedy rows choose from."""
     assert all(row.settings.temperature == 0 for row in asked)
     changed = rows.clone()
-    chosen = sample(changed, asked)
+    chosen = choose(changed, asked).read()
     assert [found and found[0] for found in chosen] == changed.argmax(-1).tolist()
     return changed
 
@@ -227,7 +227,7 @@ def test_penalties_count_for_chance_too() -> None:
     setting = settings(presence_penalty=50.0)
     row = row_for(setting, 0.0, prompt=[0, 1], reply=[2, 3, 4, 5, 6, 7])
     row_at_the_end = row_for(setting, math.nextafter(1, 0), prompt=[0, 1], reply=[2, 3, 4, 5, 6, 7])
-    assert {found[0] for found in sample(rows.repeat(2, 1), [row, row_at_the_end]) if found} == {0, 1}
+    assert {found[0] for found in choose(rows.repeat(2, 1), [row, row_at_the_end]).read() if found} == {0, 1}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -259,7 +259,7 @@ def test_withheld_stop_ids_do_not_come_even_if_nothing_else_is_likely() -> None:
         row_for(drawn_held, 0.3, withhold=True),
         row_for(settings(logit_bias={2: 100.0}, stop_ids=(2, 5)), 0.3, withhold=True),
     ]
-    chosen = [found and found[0] for found in sample(rows, asked)]
+    chosen = [found and found[0] for found in choose(rows, asked).read()]
     assert chosen[1] == 2
     assert not {2, 5} & {chosen[0], chosen[2], chosen[3]}
 
@@ -277,7 +277,7 @@ def test_log_probabilities_are_those_of_the_model_whatever_shifts_the_choice() -
         row_for(settings(temperature=3.0, logit_bias={9: 100.0}, logprobs=20)),
         row_for(settings(repetition_penalty=5.0, logprobs=1), prompt=range(50), reply=[1, 2]),
     ]
-    chosen = sample(rows.clone(), asked)
+    chosen = choose(rows.clone(), asked).read()
     for index, (found, row) in enumerate(zip(chosen, asked, strict=True)):
         assert found is not None
         token, told = found
@@ -295,7 +295,7 @@ def test_log_probabilities_are_those_of_the_model_whatever_shifts_the_choice() -
 
 
 def test_more_likeliest_tokens_than_there_are_tokens_are_all_of_them() -> None:
-    (found,) = sample(torch.zeros(1, 5), [row_for(settings(logprobs=20))])
+    (found,) = choose(torch.zeros(1, 5), [row_for(settings(logprobs=20))]).read()
     assert found is not None
     assert found[1] is not None
     assert len(found[1].top) == 5
@@ -328,6 +328,6 @@ ROWS = st.builds(
 @given(st.lists(ROWS, min_size=2, max_size=9), st.integers(0, 99))
 def test_whatever_rows_a_batch_mixes_each_gets_what_it_gets_alone(asked: list[Row], seed: int) -> None:
     rows = 2.0 * torch.randn(len(asked), VOCAB, generator=torch.Generator().manual_seed(seed))
-    together = sample(rows.clone(), asked)
-    alone = [sample(rows[index : index + 1].clone(), [row])[0] for index, row in enumerate(asked)]
+    together = choose(rows.clone(), asked).read()
+    alone = [choose(rows[index : index + 1].clone(), [row]).read()[0] for index, row in enumerate(asked)]
     assert together == alone

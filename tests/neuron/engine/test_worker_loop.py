@@ -14,6 +14,7 @@ from torch import Tensor
 from cortex.hookspecs import EngineStep, Sampling
 from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.channel import Channel, PeerGone
+from cortex.neuron.engine.loop import Loop
 from cortex.neuron.engine.messages import (
     Broken,
     Cancel,
@@ -30,7 +31,6 @@ from cortex.neuron.engine.messages import (
 from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.engine.scheduler import Scheduler
-from cortex.neuron.engine.worker import Loop
 from cortex.neuron.nn.placement import Share
 from cortex.neuron.nn.plan import StepPlan
 
@@ -49,7 +49,7 @@ class GatedRunner:
         self._entered = threading.Semaphore(0)
         self._gate = threading.Semaphore(0)
 
-    def logits(self, plan: StepPlan) -> Tensor:
+    def logits(self, plan: StepPlan, sampled: Tensor | None = None) -> Tensor:
         self.plans.append(plan)
         self._entered.release()
         assert self._gate.acquire(timeout=10)

@@ -28,6 +28,7 @@ PLANS = {
     "mixed": StepPlan([1] * 22, [Segment(260, 1, LONG), Segment(0, 21, [(PAGE, 21)])], [0, 21]),
     "chunk": StepPlan([], [], [], chunk=StepPlan([1] * 5, [Segment(PAGE, 5, LONG)], [4]), layers=1),
     "chunk-at-once": StepPlan([], [], [], chunk=StepPlan([1] * 5, [Segment(PAGE, 5, LONG)], [4]), layers=9),
+    "follows": StepPlan([0], [Segment(3, 1, [(PAGE, 4)])], [0], follows=[1]),
     "copies": StepPlan([1], [Segment(9, 1, [(PAGE, 10)])], [0], [Copy(0, PAGE, 9)]),
 }
 
@@ -51,7 +52,8 @@ def test_every_step_over_pages_stays_on_the_device(
     fake_model: Callable[[str], Any], cuda_shape: ModelShape, cache: PagedCache, plan: str
 ) -> None:
     runner = Runner(fake_model("packed16"), cuda_shape, cache, Placement(DEVICE, "packed16"), 0)
-    logits = inspect.unwrap(Runner.logits)(runner, PLANS[plan])
+    sampled = torch.empty(2, dtype=torch.int64, device=DEVICE)
+    logits = inspect.unwrap(Runner.logits)(runner, PLANS[plan], sampled)
     rows = 1 if plan == "chunk-at-once" else len(PLANS[plan].wanted)
     assert (logits.shape, logits.dtype) == ((rows, cuda_shape.vocab), torch.float32)
     assert logits.device == DEVICE
@@ -74,6 +76,9 @@ def test_a_captured_decode_step_stays_on_the_device(
     assert logits is not None
     assert (logits.shape, logits.device) == ((2, cuda_shape.vocab), DEVICE)
     assert graphs.logits(PLANS["prefill"]) is None
+    logits = graphs.logits(PLANS["follows"], torch.empty(1, dtype=torch.int64, device=DEVICE))
+    assert logits is not None
+    assert (logits.shape, logits.device) == ((1, cuda_shape.vocab), DEVICE)
 
 
 def run_again(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

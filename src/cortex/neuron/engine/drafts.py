@@ -36,10 +36,14 @@ class Drafter:
         self._pause = PAUSE
         self._resumes = 0
 
+    def rests(self, count: int) -> bool:
+        """Whether nothing is drafted of a sequence of so many tokens, whatever they are."""
+        return count < self._resumes or count <= GRAM
+
     def propose(self, tokens: list[int], most: int) -> list[int]:
         """The next tokens after `tokens`, `most` at most and often none. Tokens are only ever added."""
         count = len(tokens)
-        if count < self._resumes or most < 1 or count <= GRAM:
+        if most < 1 or self.rests(count):
             return []
         after = self._after
         for at in range(max(GRAM, self._indexed, count - LOOKED_BACK), count):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cortex.neuron.nn.plan import StepPlan
 from cortex.neuron.nn.step import Access, Looks, Pages, Step
+from cortex.neuron.nn.transfer import to_device
 
 
 class Replay(Protocol):
@@ -60,8 +61,9 @@ class DecodeGraphs:
         """Those captured so far."""
         return sorted(self._captured)
 
-    def logits(self, plan: StepPlan) -> Tensor | None:
+    def logits(self, plan: StepPlan, ids: Tensor | None = None) -> Tensor | None:
         """fp32 [wanted, vocab] of a step that only decodes; None for any other, which is not for a graph.
+        `ids`, int64 [T] on the device, are there instead of those of a plan that follows.
 
         The result is overwritten by the next call.
         """
@@ -71,7 +73,7 @@ class DecodeGraphs:
         bucket = 1 << (rows - 1).bit_length()
         known = self._captured.get(bucket)
         step = known.step if known else self._blank(bucket)
-        self._fill(step, plan)
+        self._fill(step, plan, ids)
         if known is None:
             replay, logits = self._capture(lambda: self._compute(step))
             known = self._captured[bucket] = _Captured(step, replay, logits)
@@ -97,7 +99,7 @@ class DecodeGraphs:
         access = Access(slots, None, Looks((), True))
         return Step(full(bucket), full(bucket), None, access, pages=pages)
 
-    def _fill(self, step: Step, plan: StepPlan) -> None:
+    def _fill(self, step: Step, plan: StepPlan, ids: Tensor | None) -> None:
         """Copy a plan into a step's tensors; the rows behind it become padding again."""
         pages = step.pages
         assert pages is not None
@@ -110,6 +112,8 @@ class DecodeGraphs:
         spare = self._spare // self._page
         table = [part.pages(self._page) for part in plan.segments] + [[spare]] * padding
         _set(step.ids, plan.ids + [0] * padding)
+        if ids is not None:
+            step.ids.narrow(0, 0, rows).copy_(ids)
         _set(step.positions, plan.positions + [0] * padding)
         _set(step.full.slots, [part.last_row for part in plan.segments] + [self._spare] * padding)
         _set(pages.key_counts, counts)
@@ -118,7 +122,7 @@ class DecodeGraphs:
 
 
 def _set(target: Tensor, values: list[int] | list[list[int]]) -> None:
-    target.copy_(torch.tensor(values, dtype=target.dtype))
+    target.copy_(to_device(values, target.device, target.dtype))
 
 
 def capture_on_cuda(compute: Callable[[], Tensor]) -> tuple[Replay, Tensor]:

@@ -117,6 +117,11 @@ def _cuda_options(order: Load) -> CudaOptions:
     return CudaOptions(options.get("cuda_paged") is True, options.get("cuda_graphs") is True)
 
 
+def runs_ahead(order: Load) -> bool:
+    """Whether steps set out before the last one is read: the other ranks of a model could not."""
+    return order.device != "cpu" and order.world == 1 and order.options.get("cuda_run_ahead") is True
+
+
 def out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True

@@ -35,6 +35,8 @@ class Scheduled(NamedTuple):
     """Tokens of prompts that the step completes."""
     work: float
     """Of prompts, as `Pace` counts it."""
+    ahead: int = 0
+    """Tokens of each sequence that had been sampled and that nobody had read when the step was made."""
 
     @property
     def rows(self) -> int:
@@ -103,6 +105,30 @@ class Planner:
         work = sum(of_one(part.length, part.start) for part in plan.segments[count:])
         prefill = sum(part.length for part in plan.segments[count:])
         return Scheduled(plan, making.sequences, making.ends, making.sampled, count, prefill, work)
+
+    def follow(
+        self, scheduled: Scheduled, running: list[Sequence], context: int, now: float
+    ) -> Scheduled | None:
+        """The step after `scheduled`, before anybody has read what that has sampled: all that run decode once
+        more, but for those that end by their length. None if what is sampled decides what comes next, if a
+        sequence needs room, or if some are not in `scheduled`.
+        """
+        row_of = {sequence: row for row, sequence in enumerate(scheduled.sampled)}
+        if self._way is not None or scheduled.rows != len(row_of):
+            return None
+        making = _Pass(self._size, now)
+        for sequence in running:
+            room = len(sequence.blocks) * self._size - len(sequence.tokens)
+            if sequence not in row_of or sequence.tally is not None or room < 1:
+                return None
+            if not sequence.is_full(context, 1):
+                making.follow(sequence, row_of[sequence])
+        if not making.ids:
+            return None
+        plan = StepPlan(making.ids, making.segments, making.wanted, follows=making.rows)
+        return Scheduled(
+            plan, making.sequences, making.ends, making.sampled, len(making.ids), 0, 0.0, ahead=1
+        )
 
     def may_draft(self, sequence: Sequence) -> bool:
         """Whether the sequence, which alone runs, may compute a draft along with its newest token: what it
@@ -202,6 +228,7 @@ class _Pass:
         self.sequences: list[Sequence] = []
         self.ends: list[tuple[Sequence, int]] = []
         self.sampled: list[Sequence] = []
+        self.rows: list[int] = []
 
     def add(self, sequence: Sequence, length: int) -> None:
         """So many of the tokens that are missing, and after all of them its draft."""
@@ -214,6 +241,18 @@ class _Pass:
             length += len(sequence.draft)
             self.wanted += range(len(self.ids) - 1 - len(sequence.draft), len(self.ids))
             self.sampled.append(sequence)
+        self._append(sequence, start, length)
+
+    def follow(self, sequence: Sequence, row: int) -> None:
+        """The token that comes after those that are known, sampled in this row of the step before."""
+        self.rows.append(row)
+        self.ids.append(0)
+        self._append(sequence, len(sequence.tokens), 1)
+        self.wanted.append(len(self.ids) - 1)
+        self.sampled.append(sequence)
+        self.ends.append((sequence, len(sequence.tokens) + 1))
+
+    def _append(self, sequence: Sequence, start: int, length: int) -> None:
         runs = parts(sequence.runs(self._size), 0, start + length)
         self.segments.append(Segment(start, length, runs, sequence.slot))
         self.sequences.append(sequence)

@@ -26,6 +26,7 @@ from cortex.neuron.models.shape import Kind, ModelShape
 from cortex.neuron.nn.placement import Placement
 from cortex.neuron.nn.plan import NearSlots, StepPlan
 from cortex.neuron.nn.step import Step, prepare
+from cortex.neuron.nn.transfer import to_device
 from cortex.neuron.weights.checkpoint import open_checkpoint
 from cortex.neuron.weights.loader import Report, load
 from cortex.wire.errors import LoadFailed
@@ -79,8 +80,11 @@ class Runner:
         self._layers = [next(of_kind[shape.kind(index)]) for index in range(shape.layers)]
 
     @torch.inference_mode()
-    def logits(self, plan: StepPlan) -> Tensor:
-        """fp32 [wanted, vocab] on the device, of a chunk once it is through; the cache has its tokens."""
+    def logits(self, plan: StepPlan, sampled: Tensor | None = None) -> Tensor:
+        """fp32 [wanted, vocab] on the device, of a chunk once it is through; the cache has its tokens.
+
+        `sampled`, int64 on the device, is what the step before it has sampled, if it follows that.
+        """
         if plan.copies:
             self._cache.copy(plan.copies)
         for pool in self._pools:
@@ -89,8 +93,12 @@ class Runner:
         if plan.layers:
             found = self._pass_layers(plan)
         else:
-            captured = None if self._graphs is None else self._graphs.logits(plan)
-            found = self._model(self._prepare(plan), self._layers) if captured is None else captured
+            ids = None
+            if plan.follows:
+                assert sampled is not None, "it follows a step that has sampled"
+                ids = sampled.index_select(0, to_device(plan.follows, self.device))
+            captured = None if self._graphs is None else self._graphs.logits(plan, ids)
+            found = self._model(self._prepare(plan, ids), self._layers) if captured is None else captured
         if not found.shape[0] and self.device.type == "cuda" and torch.cuda.is_available():
             # Nobody reads anything of the step, and the loop wants to know how long it takes.
             torch.cuda.synchronize(self.device)
@@ -109,8 +117,9 @@ class Runner:
         self._way = None
         return self._model.end(way)
 
-    def _prepare(self, plan: StepPlan) -> Step:
-        return prepare(plan, self.device, self._page, self.shape.window, self._near, states=self._has_states)
+    def _prepare(self, plan: StepPlan, ids: Tensor | None = None) -> Step:
+        window, states = self.shape.window, self._has_states
+        return prepare(plan, self.device, self._page, window, self._near, states=states, ids=ids)
 
 
 def load_runner(

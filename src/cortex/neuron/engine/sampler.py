@@ -1,4 +1,5 @@
-"""Chooses the next token of each row from its logits. Pure: chance comes in as numbers.
+"""Chooses the next token of each row from its logits, on the device where they are. Pure: chance comes in as
+numbers.
 
 A row's result depends on its own logits, settings and number only, never on its batch mates. Knows no
 sequences: what penalties need comes as distinct ids and counts.
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from cortex.hookspecs import Sampling, TokenLogprobs
+from cortex.neuron.nn.transfer import ToHost, to_device
 
 CANDIDATES: Final = (256, 4096)
 """How many of the likeliest tokens are looked at before a whole vocabulary is sorted."""
+_NONE: Final = -1
 
 
 class Row(NamedTuple):
@@ -32,17 +35,35 @@ class Row(NamedTuple):
     withhold: bool = False
 
 
-@torch.inference_mode()
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[tuple[int, TokenLogprobs | None] | None]:
-    """A token for each row of `logits`, fp32 [B, vocab]; None for a row with NaN or without a maximum.
+class Chosen:
+    """A token for each row, on the device where the logits were; `read` brings them to the host."""
 
-    `logits` are changed. Temperature 0 takes the likeliest token; otherwise temperature, top_k, top_p and
-    min_p apply in this order, as in transformers.
+    def __init__(self, tokens: Tensor, valid: Tensor, told: _Told) -> None:
+        self.tokens: Final = tokens
+        """int64 [B]; of rows without a token, any."""
+        self._told = told
+        self._ids = ToHost(tokens.where(valid, _NONE))
+
+    def read(self) -> list[tuple[int, TokenLogprobs | None] | None]:
+        """Waits for them; None for a row with NaN or without a maximum."""
+        return [
+            None if token == _NONE else (token, told)
+            for token, told in zip(self._ids.read(), self._told.read(), strict=True)
+        ]
+
+
+@torch.inference_mode()
+def choose(logits: Tensor, rows: Sequence[Row]) -> Chosen:
+    """From each row of `logits`, fp32 [B, vocab], which are changed.
+
+    Temperature 0 takes the likeliest token; otherwise temperature, top_k, top_p and min_p apply in this
+    order, as in transformers. On CUDA the host reads nothing here, but for penalties.
     """
+    device = logits.device
     told = _Told(logits, rows)
     _shift(logits, rows)
     highest, tokens = logits.max(dim=-1)
-    valid = torch.isfinite(highest).tolist()
+    valid = torch.isfinite(highest)
     groups: dict[bool, list[int]] = {}
     for index, row in enumerate(rows):
         setting = row.settings
@@ -50,52 +71,48 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[tuple[int, TokenLogprobs
             groups.setdefault(setting.top_k > 0 or setting.top_p < 1, []).append(index)
     for truncates, indices in groups.items():
         everyone = len(indices) == len(rows)
-        at = torch.tensor(indices, device=logits.device)
+        at = to_device(indices, device)
         chosen = [rows[index].settings for index in indices]
         scale = _column([setting.temperature for setting in chosen], logits)
         # The maximum is subtracted first, so that no temperature is small enough to overflow.
-        own = logits if everyone else logits[at]
-        shifted = own.sub_((highest if everyone else highest[at]).unsqueeze(1)).div_(scale)
+        own = logits if everyone else logits.index_select(0, at)
+        shifted = own.sub_((highest if everyone else highest.index_select(0, at)).unsqueeze(1)).div_(scale)
         uniform = _column([rows[index].draw for index in indices], logits, torch.float64)
         draw = _draw_truncated if truncates else _draw_whole
-        tokens[at] = draw(torch.softmax(shifted, dim=-1), chosen, uniform)
-    chosen_ids = tokens.tolist()
-    told.tokens(chosen_ids)
-    return [
-        (token, told.of(index)) if ok else None
-        for index, (token, ok) in enumerate(zip(chosen_ids, valid, strict=True))
-    ]
+        tokens.index_copy_(0, at, draw(torch.softmax(shifted, dim=-1), chosen, uniform))
+    told.about(tokens)
+    return Chosen(tokens, valid, told)
 
 
 class _Told:
     """The log probabilities that rows ask for, of the logits as the model gave them."""
 
     def __init__(self, logits: Tensor, rows: Sequence[Row]) -> None:
-        asking = [index for index, row in enumerate(rows) if row.settings.logprobs is not None]
-        self._place = {index: place for place, index in enumerate(asking)}
-        self._found: list[TokenLogprobs] = []
-        if self._place:
-            everyone = len(self._place) == len(rows)
-            kept = logits.clone() if everyone else logits[list(self._place)]
+        self._rows = len(rows)
+        counts = {index: row.settings.logprobs for index, row in enumerate(rows)}
+        self._counts = {index: count for index, count in counts.items() if count is not None}
+        self._found: tuple[Tensor, ...] = ()
+        if self._counts:
+            self._at = to_device([*self._counts], logits.device)
+            everyone = len(self._counts) == len(rows)
+            kept = logits.clone() if everyone else logits.index_select(0, self._at)
             self._logprobs = torch.log_softmax(kept, dim=-1)
-            self._counts = [rows[index].settings.logprobs or 0 for index in self._place]
 
-    def tokens(self, tokens: Sequence[int]) -> None:
-        if not self._place:
-            return
-        ids = [tokens[index] for index in self._place]
-        column = torch.tensor(ids, device=self._logprobs.device).unsqueeze(1)
-        own = self._logprobs.gather(1, column).squeeze(1).tolist()
-        most = min(max(self._counts), self._logprobs.shape[1])
-        likeliest, which = self._logprobs.topk(most, dim=-1)
-        for token, value, values, others, count in zip(
-            ids, own, likeliest.tolist(), which.tolist(), self._counts, strict=True
-        ):
-            top = list(zip(others[:count], values[:count], strict=True))
-            self._found.append(TokenLogprobs(token, value, top))
+    def about(self, tokens: Tensor) -> None:
+        """These were chosen: int64 [B]."""
+        if self._counts:
+            ids = tokens.index_select(0, self._at)
+            most = min(max(self._counts.values()), self._logprobs.shape[1])
+            own = self._logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)
+            self._found = (ids, own, *self._logprobs.topk(most, dim=-1))
 
-    def of(self, index: int) -> TokenLogprobs | None:
-        return self._found[self._place[index]] if index in self._place else None
+    def read(self) -> list[TokenLogprobs | None]:
+        """Of each row that asks."""
+        told: list[TokenLogprobs | None] = [None] * self._rows
+        numbers = zip(*(tensor.tolist() for tensor in self._found), strict=True)
+        for (index, count), (id, own, values, others) in zip(self._counts.items(), numbers, strict=True):
+            told[index] = TokenLogprobs(id, own, list(zip(others[:count], values[:count], strict=True)))
+        return told
 
 
 def _shift(logits: Tensor, rows: Sequence[Row]) -> None:
@@ -109,8 +126,8 @@ def _shift(logits: Tensor, rows: Sequence[Row]) -> None:
         if 0 <= id < vocab
     ]
     if biased:
-        at = torch.tensor([place for place, _ in biased], device=logits.device)
-        flat.index_add_(0, at, torch.tensor([value for _, value in biased], device=logits.device))
+        at = to_device([place for place, _ in biased], logits.device)
+        flat.index_add_(0, at, to_device([value for _, value in biased], logits.device))
     penalised = [(index, row) for index, row in enumerate(rows) if row.ids]
     if penalised:
         _penalise(flat, vocab, penalised)
@@ -122,16 +139,16 @@ def _shift(logits: Tensor, rows: Sequence[Row]) -> None:
         if id < vocab
     ]
     if withheld:
-        flat.index_fill_(0, torch.tensor(withheld, device=logits.device), float("-inf"))
+        flat.index_fill_(0, to_device(withheld, logits.device), float("-inf"))
 
 
 def _penalise(flat: Tensor, vocab: int, rows: Sequence[tuple[int, Row]]) -> None:
     """Repetition as in transformers (Keskar et al. 2019), then presence and frequency as OpenAI has them."""
     device = flat.device
-    sizes = torch.tensor([len(row.ids) for _, row in rows], device=device)
+    sizes = to_device([len(row.ids) for _, row in rows], device)
 
     def each(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=device).repeat_interleave(sizes)
+        return to_device(values, device).repeat_interleave(sizes)
 
     ids = [torch.frombuffer(row.ids, dtype=torch.int64) + index * vocab for index, row in rows]
     places = torch.cat(ids).to(device)
@@ -154,22 +171,31 @@ def _draw_whole(probabilities: Tensor, settings: Sequence[Sampling], uniform: Te
 
 
 def _draw_truncated(probabilities: Tensor, settings: Sequence[Sampling], uniform: Tensor) -> Tensor:
-    """Tokens of rows with top_k or top_p: each from the fewest candidates that are provably enough."""
+    """Tokens of rows with top_k or top_p: each from the fewest candidates that are provably enough. How many
+    top_p needs is read from a CPU only: other devices would have to be waited for, and sort everything.
+    """
     vocab = probabilities.shape[-1]
-    tokens = torch.empty(len(settings), dtype=torch.int64, device=probabilities.device)
+    device = probabilities.device
+    tokens = torch.empty(len(settings), dtype=torch.int64, device=device)
+    reads = device.type == "cpu"
     left = list(range(len(settings)))
     for width in (*(few for few in CANDIDATES if few < vocab), vocab):
-        likeliest, ids = probabilities[left].topk(width, dim=-1)
-        covered = likeliest.sum(dim=-1).tolist()
-        enough = [_enough(settings[row], width, total) for row, total in zip(left, covered, strict=True)]
+        rows = left if reads or width == vocab else [row for row in left if 0 < settings[row].top_k <= width]
+        if not rows:
+            continue
+        own = probabilities.index_select(0, to_device(rows, device))
+        likeliest, ids = own.topk(width, dim=-1)
+        covered = likeliest.sum(dim=-1).tolist() if reads else [0.0] * len(rows)
+        enough = [_enough(settings[row], width, total) for row, total in zip(rows, covered, strict=True)]
         ready = [i for i, found in enumerate(enough) if found or width == vocab]
         if ready:
-            rows = [left[i] for i in ready]
-            rank = _draw_sorted(likeliest[ready], [settings[row] for row in rows], uniform[rows])
-            tokens[rows] = ids[ready].gather(1, rank.unsqueeze(1)).squeeze(1)
-            left = [row for row in left if row not in rows]
-        if not left:
-            break
+            done = [rows[i] for i in ready]
+            places, at = to_device(ready, device), to_device(done, device)
+            numbers = uniform.index_select(0, at)
+            sorted_ones, ids = likeliest.index_select(0, places), ids.index_select(0, places)
+            rank = _draw_sorted(sorted_ones, [settings[row] for row in done], numbers)
+            tokens.index_copy_(0, at, ids.gather(1, rank.unsqueeze(1)).squeeze(1))
+            left = [row for row in left if row not in done]
     return tokens
 
 
@@ -189,7 +215,7 @@ def _draw_sorted(probabilities: Tensor, settings: Sequence[Sampling], uniform: T
     # top_p is a share of what top_k left, which without top_k is everything.
     share = kept.sum(dim=-1, keepdim=True, dtype=torch.float64)
     share = share.where(_column([setting.top_k for setting in settings], share) > 0, 1.0)
-    kept = kept.where(kept >= min_p * probabilities[:, :1], 0.0)
+    kept = kept.where(kept >= min_p * probabilities.narrow(1, 0, 1), 0.0)
     before = torch.cumsum(kept, dim=-1, dtype=torch.float64) - kept
     kept = kept.where((before < top_p * share) | (ranks == 0), 0.0)
     return _invert(kept, uniform)
@@ -198,11 +224,11 @@ def _draw_sorted(probabilities: Tensor, settings: Sequence[Sampling], uniform: T
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     """The index at which the running sum of `weights` [B, n] passes `uniform` [B, 1] of their total."""
     sums = torch.cumsum(weights, dim=-1, dtype=torch.float64)
-    total = sums[:, -1:]
+    total = sums.narrow(1, -1, 1)
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     found = torch.searchsorted(sums, target, right=True).squeeze(1)
     return found.clamp_(max=weights.shape[-1] - 1)
 
 
 def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=like.device).unsqueeze(1)
+    return to_device(values, like.device, dtype).unsqueeze(1)

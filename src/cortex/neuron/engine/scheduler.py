@@ -14,6 +14,7 @@ from typing import Final
 
 from cortex.neuron.engine.blocks import BlockPool, Match, breaks
 from cortex.neuron.engine.checkpoints import StateBooks
+from cortex.neuron.engine.counts import Counts
 from cortex.neuron.engine.messages import Generate, Output
 from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.planning import Planner, Scheduled
@@ -29,15 +30,6 @@ that are available so large a part is taken for a while to move a sequence toget
 MOST_RUNS: Final = 2
 """A sequence that lies in more runs than this is moved together, before it starts or when it grows: each run
 is looked at by itself in every layer of every step."""
-
-
-class Counts:
-    """What has happened since it was last asked."""
-
-    def __init__(self) -> None:
-        self.queried = self.hit = self.preempted = 0
-        self.drafted = self.accepted = 0
-        """Tokens of drafts, and those of them that were what was sampled."""
 
 
 class Scheduler:
@@ -137,12 +129,26 @@ class Scheduler:
         copies, self._copies = self._copies, []
         return self._planner.plan(self._running, copies, self.states.take_copies(), self._clock())
 
+    def follow(self, scheduled: Scheduled) -> Scheduled | None:
+        """The step after the last one, which is `scheduled`, before what that has sampled is completed: one
+        more of decode. None where that must be known first.
+        """
+        somebody_starts = bool(self._waiting) and len(self._running) < self._max_running
+        if somebody_starts or self.states.active:
+            return None
+        alone = self._alone()
+        if alone is not None and not alone.drafter.rests(len(alone.tokens) + 1):
+            return None
+        return self._planner.follow(scheduled, self._running, self._context, self._clock())
+
+    def _alone(self) -> Sequence | None:
+        """Whoever may have drafts, since nobody else runs."""
+        return self._running[0] if self._drafts and len(self._running) == 1 else None
+
     def _draft(self) -> None:
         """Alone in decode a sequence gets a draft: the weights are read for one token anyway."""
-        if not self._drafts or len(self._running) != 1:
-            return
-        (sequence,) = self._running
-        if self._planner.may_draft(sequence):
+        sequence = self._alone()
+        if sequence is not None and self._planner.may_draft(sequence):
             sequence.make_draft(min(len(sequence.blocks) * self.pool.size, self._context - 1))
 
     def took(self, scheduled: Scheduled, seconds: float) -> None:
@@ -150,12 +156,14 @@ class Scheduler:
         self._planner.took(scheduled, seconds)
 
     def complete(self, scheduled: Scheduled, sampled: list[Sampled]) -> list[Output]:
-        """The step was computed: `sampled` are the tokens of its wanted rows. Raises ValueError if there are
-        more or fewer of them.
+        """The step was computed: `sampled` are the tokens of its wanted rows. Those of sequences that have
+        ended since it was made are nobody's. Raises ValueError if there are more or fewer of them.
         """
         if len(sampled) != scheduled.rows:
             raise ValueError(f"{len(sampled)} tokens came for {scheduled.rows} rows")
         for sequence, end in scheduled.ends:
+            if not sequence.blocks:
+                continue
             sequence.cached = end
             self._learn(sequence)
             if sequence.marks and sequence.marks[0] == sequence.cached:
@@ -163,22 +171,27 @@ class Scheduler:
                 self.states.keep(sequence.slot, sequence.blocks[sequence.known - 1], sequence.cached)
         now = self._clock()
         rows = iter(sampled)
-        return [
-            self._accept(sequence, list(itertools.islice(rows, 1 + len(sequence.draft))), now)
-            for sequence in scheduled.sampled
-        ]
+        outputs = []
+        for sequence in scheduled.sampled:
+            own = list(itertools.islice(rows, 1 + len(sequence.draft)))
+            if sequence.blocks:
+                outputs.append(self._accept(sequence, own, now))
+            else:
+                self.counts.wasted += len(own)
+        return outputs
 
     def fail(self, scheduled: Scheduled, message: str) -> list[Output]:
         """The step broke: every sequence in it ends with `message`.
 
         Nobody knows what of its copies and writes has happened, so the others are computed anew.
         """
-        for sequence in scheduled.sequences:
+        failed = [sequence for sequence in scheduled.sequences if sequence.blocks]
+        for sequence in failed:
             self._release(sequence)
         for sequence in reversed(self._running.copy()):
             self._preempt(sequence)
         self.pool.forget_idle()
-        return [Output(key=sequence.key, ids=[], error=message) for sequence in scheduled.sequences]
+        return [Output(key=sequence.key, ids=[], error=message) for sequence in failed]
 
     def fail_all(self, message: str) -> list[Output]:
         """Nothing can be computed any more: every sequence, waiting ones included, ends."""
@@ -225,7 +238,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence, match: Match) -> bool:
         """Hold what is known of the prompt, and take blocks for the rest. False if there is no room."""
         pool = self.pool
-        total = self._reserved_blocks(sequence)
+        total = pool.count_for(sequence.needs(self._context, pool.size))
         room = self._room(total, match)
         if match.partial is not None and room < pool.idle_in([match.partial]):
             match = self.states.usable(Match(match.chain, None, 0))
@@ -266,15 +279,6 @@ class Scheduler:
         """Blocks left over if a sequence holds what is known of it, and so many in all."""
         promised = sum(other.promised for other in self._running)
         return self.pool.available - promised - total + len(match.chain) - self.pool.idle_in(match.chain)
-
-    def _reserved_blocks(self, sequence: Sequence) -> int:
-        """Blocks that a sequence must be sure of before it starts."""
-        reply = sequence.sampling.max_tokens
-        if sequence.sampling.reserve is not None:
-            reply = min(reply, sequence.sampling.reserve)
-        # One that has outgrown its reserve and was preempted needs some of its own again.
-        tokens = max(sequence.prompt_length + reply, len(sequence.tokens) + self.pool.size)
-        return self.pool.count_for(min(tokens, self._context))
 
     def _move_together(self, sequence: Sequence) -> None:
         """Turns of a conversation and growth leave blocks scattered, and attention wants them in a row: where

@@ -114,6 +114,20 @@ class Sequence:
     def has_started(self) -> bool:
         return self._started is not None
 
+    def is_full(self, context: int, ahead: int = 0) -> bool:
+        """Whether it ends by its length once it has so many tokens more, in a context of so many."""
+        full = len(self.tokens) + ahead >= context
+        return full or self.generated + ahead >= self.sampling.max_tokens
+
+    def needs(self, context: int, spare: int) -> int:
+        """Tokens that there must be room for before it starts. One that has outgrown its reserve and was
+        preempted needs some of its own again, `spare`.
+        """
+        reply = self.sampling.max_tokens
+        if self.sampling.reserve is not None:
+            reply = min(reply, self.sampling.reserve)
+        return min(max(self.prompt_length + reply, len(self.tokens) + spare), context)
+
     def runs(self, size: int) -> list[Run]:
         """Where the cache has the sequence, in blocks of `size` rows that lie one after the other joined."""
         if not self._runs:
@@ -165,7 +179,7 @@ class Sequence:
             said.ids.append(token)
             if logprobs is not None:
                 said.logprobs.append(logprobs)
-            if self.generated >= self.sampling.max_tokens or len(self.tokens) >= context:
+            if self.is_full(context):
                 said = said._replace(finish="length")
                 break
             if ahead == len(draft) or token != draft[ahead]:

@@ -92,6 +92,9 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
 
     A step may instead have a chunk of a long prompt pass `layers` layers: a new one, its `chunk`, from the
     first layer on, or the one that is on its way. Its logits come once it is through.
+
+    One that `follows` is made before anybody knows what the step before it has sampled: its ids are those
+    tokens, of these rows of it, and the ones that it says are of no meaning.
     """
 
     ids: list[int]
@@ -101,6 +104,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     states: list[StateCopy] = []
     chunk: StepPlan | None = None
     layers: int = 0
+    follows: list[int] = []
 
     @property
     def positions(self) -> list[int]:

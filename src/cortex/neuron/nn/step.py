@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cortex.neuron.nn.plan import NO_SLOT, NearSlots, Run, Segment, StepPlan, parts
+from cortex.neuron.nn.transfer import to_device
 
 KNOWS_CAUSALITY: Final = ("cpu",)
 """Types of devices whose attention hides later tokens by itself."""
@@ -140,16 +141,17 @@ def prepare(
     near: NearSlots | None = None,
     *,
     states: bool = True,
+    ids: Tensor | None = None,
 ) -> Step:
     """`page` is the size of the cache's pages, if it has any; `window` that of layers which have one, and
     `near` says where they have their rows, if not where others have theirs. `states`: there are layers that
-    have some, in the segments' slots."""
+    have some, in the segments' slots. `ids`, int64 [T], are there instead of those of a plan that follows."""
     everything = len(plan.wanted) == len(plan.ids)
     full = _paged_access(plan, device) if page else _access(plan, device, None)
     return Step(
-        torch.tensor(plan.ids, device=device),
-        torch.tensor(plan.positions, device=device),
-        None if everything else torch.tensor(plan.wanted, dtype=torch.int64, device=device),
+        to_device(plan.ids, device) if ids is None else ids,
+        to_device(plan.positions, device),
+        None if everything else to_device(plan.wanted, device, torch.int64),
         full,
         None if window is None or page else _near(plan, device, window, near, full),
         _pages(plan, page, device) if page else None,
@@ -176,12 +178,12 @@ def _access(plan: StepPlan, device: torch.device, window: int | None) -> Access:
     slots = _slots(plan)
     follow = slots == [*range(slots[0], slots[0] + len(slots))]
     looks = _Looking(plan, device, window).looks()
-    return Access(torch.tensor(slots, device=device), slots[0] if follow else None, looks)
+    return Access(to_device(slots, device), slots[0] if follow else None, looks)
 
 
 def _paged_access(plan: StepPlan, device: torch.device) -> Access:
     """Which looks by its pages."""
-    return Access(torch.tensor(_slots(plan), device=device), None, Looks((), True))
+    return Access(to_device(_slots(plan), device), None, Looks((), True))
 
 
 def _slots(plan: StepPlan) -> list[int]:
@@ -210,13 +212,13 @@ def _states(plan: StepPlan, device: torch.device) -> States | None:
     in_order = rows == [*range(len(rows))]
     if not rows:
         return States(None, None, in_order, tuple(spans))
-    of_rows, of_slots = (torch.tensor(numbers, device=device) for numbers in (rows, slots))
+    of_rows, of_slots = (to_device(numbers, device) for numbers in (rows, slots))
     return States(of_rows, of_slots, in_order, tuple(spans))
 
 
 def _pages(plan: StepPlan, page: int, device: torch.device) -> Pages:
     def numbers(values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
+        return to_device(values, device, torch.int32)
 
     queries = [part.length for part in plan.segments]
     keys = [part.end for part in plan.segments]
@@ -365,7 +367,7 @@ def _view(rows: list[int], start: int, count: int, fresh: bool, device: torch.de
 
 
 def _gather(rows: list[int], runs: list[Run], device: torch.device) -> Gathered:
-    starts, counts = torch.tensor(runs, device=device).unsqueeze(-1).unbind(1)
+    starts, counts = to_device(runs, device).unsqueeze(-1).unbind(1)
     length = max(count for _, count in runs)
     places = torch.arange(length, device=device)
     keys = (starts + torch.minimum(places, counts - 1)).view(-1)
@@ -378,4 +380,4 @@ def _gather(rows: list[int], runs: list[Run], device: torch.device) -> Gathered:
 
 def _scattered(rows: list[int], device: torch.device) -> Tensor | None:
     """The rows, where they do not lie together."""
-    return None if rows[-1] + 1 - rows[0] == len(rows) else torch.tensor(rows, device=device)
+    return None if rows[-1] + 1 - rows[0] == len(rows) else to_device(rows, device)
