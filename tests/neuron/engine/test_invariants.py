@@ -468,11 +468,11 @@ def test_steps_that_set_out_before_the_last_one_is_read_change_nothing(
         if len(strangers) < 3 and chance.random() < 0.1:
             others += 1
             often = tuple(range(0, 199, 7))
-            engine.add(order(others, prompt(others, 9), 60, temperature=1.0, stop_ids=often))
+            engine.add(order(others, prompt(others, 9), 60, temperature=1.0, seed=others, stop_ids=often))
         elif strangers and chance.random() < 0.1:
             engine.cancel(chance.choice(strangers))
         engine.step()
         wasted += engine.scheduler.take_counts().wasted
     assert engine.ahead > 20
-    assert wasted > 1
+    assert wasted
     all_same([engine.told[each.key] for each in mine], [alone(each) for each in mine], case)
