@@ -86,7 +86,7 @@ class World:
             clock=lambda: self.now,
             max_running=running,
             max_wait_s=wait,
-            prompt_lookup=kept is None,
+            drafting=8 if kept is None else 0,
             states=None if kept is None else StateBooks(running, kept, block=size, apart=4, stride=stride),
         )
         self.slots: dict[int, tuple[int, ...]] = {}

@@ -112,9 +112,9 @@ def test_every_draft_stands_in_the_sequence_after_its_last_three(
 STOP, SIZE = 9, 4
 
 
-def drafting(*, blocks: int = 32, context: int = 100) -> Scheduler:
-    pool = BlockPool(blocks, SIZE)
-    return Scheduler(pool, context=context, pace=Pace(64, 6, 1000), vocab=100, clock=lambda: 0.0)
+def drafting(*, blocks: int = 64, context: int = 100, most: int = 8) -> Scheduler:
+    pool, pace = BlockPool(blocks, SIZE), Pace(64, 6, 1000)
+    return Scheduler(pool, context=context, pace=pace, vocab=100, clock=lambda: 0.0, drafting=most)
 
 
 def order(key: int, ids: list[int], max_tokens: int = 4, **sampling: Any) -> Generate:
@@ -244,24 +244,74 @@ def test_what_depends_on_each_token_before_it_is_not_drafted(why: dict[str, Any]
     assert planned(made).plan.ids == [24]
 
 
-def test_beside_others_nothing_is_drafted_and_what_drafts_take_is_not_what_decode_takes() -> None:
+def test_what_drafts_take_is_not_what_decode_takes() -> None:
     made = drafting()
     ready(made)
     scheduled = planned(made)
     pace = made._planner._pace
-    known, cost = dict(pace._decode), pace.draft_cost
+    known, price = dict(pace._decode), pace.draft_price(1)
     assert scheduled.rows == 3
     made.complete(scheduled, said(25, 26, 27))
     made.took(scheduled, 99.0)
     assert pace._decode == known
-    assert pace.draft_cost > cost
-    pace.drafted(4, known[1] / 2)
+    assert pace.draft_price(1) > price
+    pace.drafted(1, 4, known[1] / 2)
     assert pace._decode[1] == pace._alone[1] == known[1] / 2, "without a draft it would have taken less"
-    assert made.add(order(2, [1, 2, 3])) is None
-    while len(made._running) == 2 or made.waiting:
+
+
+def together(made: Scheduler, count: int) -> Scheduled:
+    """The first step of so many that decode and may have drafts: what they take without is known."""
+    for key in range(1, count + 1):
+        assert made.add(order(key, [*range(key, key + 12), key, key + 1, key + 2], 40)) is None
+    while True:
+        scheduled = planned(made)
+        if scheduled.decoding == count and made._planner._pace.knows(count):
+            return scheduled
+        tokens = [sequence.key + (sequence.generated + 3) % 12 for sequence in scheduled.sampled]
+        made.complete(scheduled, said(*tokens))
+        made.took(scheduled, 0.010 + 0.001 * scheduled.work)
+
+
+def test_several_that_decode_have_drafts_each_and_what_is_right_of_each_counts() -> None:
+    made = drafting()
+    scheduled = together(made, 3)
+    assert [part.length for part in scheduled.plan.segments] == [3, 3, 3]
+    rows = iter(scheduled.plan.ids)
+    ids = [[next(rows) for _ in range(3)] for _ in range(3)]
+    right = [[one[1], one[2], 77] for one in ids]
+    right[1][1] = 78
+    right[2][0] = 79
+    outputs = made.complete(scheduled, said(*right[0], *right[1], *right[2]))
+    assert [output.ids for output in outputs] == [right[0], right[1][:2], right[2][:1]]
+    counts = made.take_counts()
+    assert (counts.drafted, counts.accepted) == (6, 3)
+
+
+def test_drafts_of_several_are_as_long_as_a_wrong_one_is_cheap() -> None:
+    made = drafting()
+    scheduled = together(made, 2)
+    pace = made._planner._pace
+    for seconds, most in ((0.010, MOST), (0.013, 3), (0.020, 1), (0.100, 1)):
+        pace._decode[2], pace._drafted[2] = 0.010, 0.0
+        for _ in range(60):
+            pace.drafted(2, 2, seconds)
+        for sequence in scheduled.sequences:
+            sequence.draft, sequence.drafter._length, sequence.drafter._resumes = [], MOST, 0
+        made._draft()
+        assert {len(sequence.draft) for sequence in scheduled.sequences} == {most}
+
+
+def test_nothing_is_drafted_beside_prompts_nor_beside_more_than_may_draft() -> None:
+    made = drafting(most=2)
+    scheduled = together(made, 2)
+    assert scheduled.rows == 6
+    made.complete(scheduled, said(*[50] * scheduled.rows))
+    assert made.add(order(3, [1, 2, 3])) is None
+    while made.waiting or len(made._running) == 3:
         scheduled = planned(made)
         assert scheduled.rows == len(scheduled.sampled)
         made.complete(scheduled, said(*[50] * scheduled.rows))
+        made.took(scheduled, 0.01)
 
 
 def test_too_few_or_too_many_tokens_for_the_rows_are_an_error() -> None:

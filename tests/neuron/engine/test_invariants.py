@@ -119,7 +119,7 @@ class Engine:
         self._flight: Flight | None = None
         caching = settings.pop("caching", True)
         stride = runner._near.stride if runner._near else None
-        settings.setdefault("prompt_lookup", runner.shape.delta is None)
+        settings.setdefault("drafting", 8 if runner.shape.delta is None else 0)
         self.pace = Pace(chunk, runner.shape.layers, runner.shape.even_context)
         self.scheduler = Scheduler(
             BlockPool(rows // BLOCK, BLOCK, caching=caching),
@@ -242,7 +242,7 @@ def alone(load: Callable[[], Runner]) -> Callable[[Generate], Told]:
     def run(order: Generate) -> Told:
         key = msgspec.msgpack.encode((order.ids, msgspec.structs.replace(order.sampling, reserve=None)))
         if key not in known:
-            (known[key],) = Engine(runner, caching=False, prompt_lookup=False).run(order)
+            (known[key],) = Engine(runner, caching=False, drafting=0).run(order)
         return known[key]
 
     return run
@@ -383,7 +383,7 @@ def test_preempted_and_resumed_is_undisturbed(
     mine = [
         order(each.key, each.ids[:45], 60, reserve=1, **MIXED[index]) for index, each in enumerate(eight())
     ]
-    engine = Engine(runner, rows=CONTEXT, caching=caching)
+    engine = Engine(runner, rows=CONTEXT, caching=caching, drafting=0)
     found = engine.run(*mine)
     assert engine.scheduler.counts.preempted >= 2
     all_same(found, [alone(each) for each in mine], case)
@@ -416,23 +416,26 @@ def test_drafts_change_nothing(
     mine = [order(1 + index, prompt(index, 20 + 9 * index), 40, **MIXED[index]) for index in (0, 1, 4, 5)]
     wanted = [alone(each) for each in mine]
     engine = Engine(runner)
-    saying: list[int] = []
+    texts = [[*each.ids, *told.tokens] for each, told in zip(mine, wanted, strict=True)]
 
     def propose(drafter: Drafter, tokens: list[int], most: int) -> list[int]:
+        (saying,) = [text for text in texts if text[:20] == tokens[:20]]
         draft = saying[len(tokens) : len(tokens) + min(most, chance.randint(0, 5))]
         return [token if chance.random() < 0.8 else 0 for token in draft]
 
     monkeypatch.setattr(Drafter, "propose", propose)
-    found = []
-    for each, told in zip(mine, wanted, strict=True):
-        saying[:] = [*each.ids, *told.tokens]
-        found += engine.run(each)
+    one_by_one = [told for each in mine for told in engine.run(each)]
+    drafted = engine.drafted
+    again = [msgspec.structs.replace(each, key=100 + each.key) for each in mine]
+    together = engine.run(*again)
     counts = engine.scheduler.take_counts()
     if runner.shape.delta is not None:
         assert not engine.drafted, "what a state has seen cannot be taken back"
     else:
-        assert engine.drafted == counts.drafted > counts.accepted > 20
-    all_same(found, wanted, case)
+        assert engine.drafted == counts.drafted > counts.accepted > 40
+        assert engine.drafted > drafted + 20 > 40
+    all_same(one_by_one, wanted, case)
+    all_same(together, wanted, case)
 
 
 def test_a_seed_says_the_same_whatever_the_batch(case: Case, runner: Runner) -> None:
@@ -453,7 +456,7 @@ def test_steps_that_set_out_before_the_last_one_is_read_change_nothing(
 ) -> None:
     """Beside others who come, go and end; what was computed of somebody who had ended is nobody's."""
     chance = random.Random(4)
-    engine = Engine(runner, chunk=64, run_ahead=True, max_running=6)
+    engine = Engine(runner, chunk=64, run_ahead=True, max_running=6, drafting=1)
     settings = [MIXED[index] for index in (0, 1, 5, 7)] + [{"temperature": 0.8, "top_k": 9, "seed": 8}]
     mine = [order(1 + index, prompt(index, 30), 90, **each) for index, each in enumerate(settings)]
     if runner._pools:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cortex.neuron.engine import cache as module
 from cortex.neuron.engine.cache import RunCache
-from cortex.neuron.nn import step as steps
+from cortex.neuron.nn import looks
 from cortex.neuron.nn.plan import Copy, Run, Segment, StepPlan, parts
 from cortex.neuron.nn.step import prepare
 
@@ -94,7 +94,7 @@ def compute(cache: Cache, work: list[tuple[Text, int]], layer: int = 0) -> float
     cache.layers[layer].write(step, fresh)
     found = cache.layers[layer].attend(step, queries, fresh)
     with pytest.MonkeyPatch.context() as patch:  # as on a device other than a CPU
-        patch.setattr(steps, "KNOWS_CAUSALITY", ())
+        patch.setattr(looks, "KNOWS_CAUSALITY", ())
         patch.setattr(cache.layers[layer], "_plainly", True)
         masked = prepare(StepPlan([0] * count, segments, []), CPU, window=cache.window)
         plain = cache.layers[layer].attend(masked, queries, fresh)
@@ -165,6 +165,14 @@ def test_decode_and_prefill_with_and_without_a_past_in_one_step(cache: Cache) ->
     assert compute(cache, [(far, 10), (near, 13), (late, 3)]) <= 1e-5
     assert compute(cache, [(far, 1), (near, 1), (late, 8), (new, 15)]) <= 1e-5
     assert compute(cache, [(late, 1), (far, 5), (near, 1)]) <= 1e-5
+
+
+def test_few_tokens_of_several_sequences_in_one_step(cache: Cache) -> None:
+    """As drafts have them: as many of some sequences, more of others, one of the rest."""
+    texts = [Text([(20 * index, 9 + index)], seed=index) for index in range(7)]
+    assert compute(cache, [(text, 4 + index) for index, text in enumerate(texts)]) <= 2e-6
+    assert compute(cache, list(zip(texts, (2, 3, 1, 2, 3, 1, 5), strict=True))) <= 2e-6
+    assert compute(cache, [(text, 2) for text in texts[:3]]) <= 2e-6
 
 
 def test_very_different_scores_are_merged_without_overflow(cache: Cache) -> None:

@@ -21,7 +21,7 @@ DECODE, TOKEN = 0.010, 0.001
 
 def scheduler(running: int = 8, **changes: Any) -> Scheduler:
     settings = {"context": 2000, "vocab": 100, "clock": lambda: 0.0, "max_running": running, **changes}
-    settings.setdefault("prompt_lookup", False)
+    settings.setdefault("drafting", 0)
     pace = Pace(settings.pop("prefill_chunk", 512), LAYERS, 1e9)
     return Scheduler(BlockPool(1000, 16), pace=pace, **settings)
 

@@ -42,7 +42,7 @@ STOP, SIZE, VOCAB = 9, 4, 100
 
 
 def made(*, blocks: int = 64, context: int = 64, **settings: Any) -> Scheduler:
-    settings = {"prompt_lookup": False, "max_running": 4, **settings}
+    settings = {"drafting": 0, "max_running": 4, **settings}
     pool, pace = BlockPool(blocks, SIZE), Pace(64, 6, 1000)
     return Scheduler(pool, context=context, pace=pace, vocab=VOCAB, clock=lambda: 0.0, **settings)
 
@@ -170,7 +170,7 @@ def test_states_and_prompts_are_waited_for() -> None:
 
 
 def test_a_sequence_alone_is_waited_for_where_it_may_have_drafts() -> None:
-    scheduler = made(prompt_lookup=True)
+    scheduler = made(drafting=1)
     first = under_way(scheduler, order(1))
     (sequence,) = first.sequences
     assert scheduler.follow(first) is None

@@ -29,7 +29,7 @@ class Clock:
 def scheduler(
     clock: Clock | None = None, *, blocks: int = 32, size: int = SIZE, caching: bool = True, **changes: Any
 ) -> Scheduler:
-    settings = {"context": 32, "vocab": 100, "prompt_lookup": False, **changes}
+    settings = {"context": 32, "vocab": 100, "drafting": 0, **changes}
     pace = Pace(settings.pop("prefill_chunk", 4), LAYERS, 1000)
     return Scheduler(BlockPool(blocks, size, caching=caching), **settings, pace=pace, clock=clock or Clock())
 

@@ -24,8 +24,9 @@ from cortex.neuron.nn import delta
 from cortex.neuron.nn.delta import GatedDeltaNet, OutputLinear
 from cortex.neuron.nn.delta_rule import Heads, recur, scan
 from cortex.neuron.nn.linear import Linear
+from cortex.neuron.nn.looks import Looks
 from cortex.neuron.nn.placement import Dtype, Placement, Share
-from cortex.neuron.nn.step import Access, Looks, Span, States, Step
+from cortex.neuron.nn.step import Access, Span, States, Step
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
 from cortex.neuron.weights.loader import load
 

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cortex.neuron.nn import step as steps
+from cortex.neuron.nn import looks as module
 from cortex.neuron.nn.embedding import Embedding
 from cortex.neuron.nn.linear import Linear, product
+from cortex.neuron.nn.looks import GATHERED, Gathered, View
 from cortex.neuron.nn.mlp import GatedMLP
 from cortex.neuron.nn.moe import Projection
 from cortex.neuron.nn.norm import FEW_ROWS, RMSNorm
@@ -15,7 +16,7 @@ from cortex.neuron.nn.packing import most_bytes
 from cortex.neuron.nn.placement import Dtype, Placement, Share
 from cortex.neuron.nn.plan import Run, Segment, StepPlan, parts
 from cortex.neuron.nn.rotary import inverse_frequencies, rotate_, rotations
-from cortex.neuron.nn.step import GATHERED, Gathered, View, prepare
+from cortex.neuron.nn.step import prepare
 
 CPU = torch.device("cpu")
 EXACT = Placement(CPU, "float32")
@@ -214,17 +215,44 @@ def test_rows_are_gathered_with_those_that_see_about_as_much_and_not_with_too_ma
     assert together([longest, longest + 1]) == []
     assert together([20] * 5) == [(0, 5, 20)]
     assert together([longest] * 9) == [(0, 8, longest)], "and the ninth looks for itself"
-    monkeypatch.setitem(steps.MOST_GATHERED, "cpu", 64)
+    monkeypatch.setitem(module.MOST_GATHERED, "cpu", 64)
     assert together([20] * 5) == [(0, 2, 20), (2, 4, 20)]
     looks = prepare(tokens([[(500 * index, 20)] for index in range(4)]), CPU).full.looks
     assert looks.in_order
     assert {view.mask for view in looks.views} == {None}
 
 
+def test_few_tokens_of_several_sequences_are_gathered_with_those_of_as_many() -> None:
+    """Two of rows 0 to 1 and 3 to 4, one of rows 2 and 8, three of rows 5 to 7 by themselves."""
+    segments = [
+        Segment(3, 2, [(0, 5)]),
+        Segment(4, 1, [(20, 5)]),
+        Segment(6, 2, [(40, 8)]),
+        Segment(3, 3, [(60, 6)]),
+        Segment(5, 1, [(80, 6)]),
+    ]
+    looks = prepare(StepPlan([0] * 9, segments, []), CPU).full.looks
+    two, one, three = looks.views
+    assert isinstance(two, Gathered)
+    assert two.rows is not None
+    assert (two.rows.tolist(), two.each, two.length) == ([0, 1, 3, 4], 2, 8)
+    assert two.keys.view(2, 8).tolist() == [[0, 1, 2, 3, 4, 4, 4, 4], [*range(40, 48)]]
+    assert two.mask is not None
+    assert two.mask.isinf().sum(-1).squeeze(1).tolist() == [[4, 3], [1, 0]]
+    assert isinstance(one, Gathered)
+    assert one.rows is not None
+    assert (one.rows.tolist(), one.each) == ([2, 8], 1)
+    assert isinstance(three, View)
+    assert (three.first, three.last, three.start, three.length) == (5, 8, 60, 6)
+    assert three.mask is not None
+    assert three.mask.isinf().sum(-1).tolist() == [2, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("segments", "in_order"),
     [
         ([Segment(4, 1, [(0, 5)]), Segment(2, 1, [(9, 3)])], True),
+        ([Segment(4, 2, [(0, 6)]), Segment(2, 2, [(9, 4)])], True),
         ([Segment(4, 1, [(0, 5)]), Segment(0, 3, [(9, 3)])], True),
         ([Segment(0, 3, [(9, 3)]), Segment(4, 1, [(0, 5)])], False),
         ([Segment(4, 1, [(0, 5)]), Segment(1, 3, [(9, 4)])], True),

@@ -15,8 +15,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from cortex.neuron.nn.looks import FEW, Gathered, View
 from cortex.neuron.nn.plan import Copy
-from cortex.neuron.nn.step import FEW, Access, Gathered, Step, View
+from cortex.neuron.nn.step import Access, Step
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 """Scales by 1 / sqrt(width) by itself, as `_plain` does; gives the log of the sum of exponentials too."""
@@ -142,19 +143,31 @@ class LayerRuns:
         return _each(chosen, keys, values, view.mask)
 
     def _gather(self, view: Gathered, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row sees its own keys, and the heads of a group are the query rows of their KV head."""
+        """Rows of a sequence see its own keys, and they and the heads of a group are the query rows of their
+        KV head.
+        """
         rows, heads, width = queries.shape
-        kv_heads = self._kv_heads
+        kv_heads, each = self._kv_heads, view.each
+        group = heads // kv_heads
         gathered = self._stored.flatten(1).index_select(0, view.keys)
-        gathered = gathered.view(rows, view.length, 2, kv_heads, width).permute(2, 0, 3, 1, 4)
+        gathered = gathered.view(-1, view.length, 2, kv_heads, width).permute(2, 0, 3, 1, 4)
         keys, values = gathered.unbind()
-        grouped = queries.view(rows, kv_heads, heads // kv_heads, width)
+        mask = view.mask
+        if each == 1:
+            grouped = queries.view(rows, kv_heads, group, width)
+        else:
+            grouped = queries.view(-1, each, kv_heads, group, width).transpose(1, 2)
+            grouped = grouped.reshape(-1, kv_heads, each * group, width)
+            mask = None if mask is None else mask.repeat_interleave(group, 2)
         if not self._plainly:
-            seen, weight = _flash(grouped, keys, values, attn_mask=view.mask)
+            seen, weight = _flash(grouped, keys, values, attn_mask=mask)
         else:
             scores = torch.matmul(grouped, keys.transpose(2, 3)).mul_(self._scale)
-            parts, weight = _softmax_(scores, view.mask)
+            parts, weight = _softmax_(scores, mask)
             seen = torch.matmul(parts, values)
+        if each > 1:
+            seen = seen.view(-1, kv_heads, each, group, width).transpose(1, 2)
+            weight = weight.view(-1, kv_heads, each, group).transpose(1, 2)
         return seen.reshape(rows, heads, width), weight.reshape(rows, heads)
 
     def _run(self, view: View, which: int) -> Tensor:

@@ -57,11 +57,11 @@ class Drafter:
             draft.append(draft[found - count])
         return draft
 
-    def judge(self, drafted: int, accepted: int, cost: float, count: int) -> None:
-        """Of so many drafted tokens, each of which costs `cost` steps of one token, the first `accepted` were
-        right; the sequence has `count` tokens now.
+    def judge(self, drafted: int, accepted: int, price: float, count: int) -> None:
+        """Of so many drafted tokens, each of which costs `price` tokens that could have been sampled
+        meanwhile, the first `accepted` were right; the sequence has `count` tokens now.
         """
-        self._gain += MEMORY * (accepted - cost * drafted - self._gain)
+        self._gain += MEMORY * (accepted - price * drafted - self._gain)
         if accepted == drafted:
             self._length = min(MOST, 2 * self._length)
             self._pause = PAUSE

@@ -12,8 +12,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from cortex.neuron.nn.looks import Looks
 from cortex.neuron.nn.plan import StepPlan
-from cortex.neuron.nn.step import Access, Looks, Pages, Step
+from cortex.neuron.nn.step import Access, Pages, Step
 from cortex.neuron.nn.transfer import to_device
 
 

@@ -32,7 +32,9 @@ PROGRESS_INTERVAL: Final = 0.1
 """Seconds between two reports of a load."""
 BLOCK: Final = 16
 """Tokens of a cache block: few, so that little of a turn is computed again."""
-
+DRAFTING: Final = 4
+"""Of so many sequences or fewer that decode together a CPU makes drafts: of eight, each row costs as much as
+the tokens that it might save."""
 INT4_CAPABILITY: Final = (8, 0)
 
 _log: Final = logging.getLogger("cortex.neuron.worker")
@@ -95,8 +97,19 @@ def make_scheduler(order: Load, shape: ModelShape) -> Scheduler:
         max_running=order.max_running,
         max_wait_s=order.max_wait_s,
         states=states,
-        prompt_lookup=order.options.get("prompt_lookup") is not False and shape.delta is None,
+        drafting=_drafting(order, shape),
     )
+
+
+def _drafting(order: Load, shape: ModelShape) -> int:
+    """Of how many sequences, at most, that decode together there are drafts. Steps of several that set out
+    before the last one is read have none.
+    """
+    if order.options.get("prompt_lookup") is False or shape.delta is not None:
+        return 0
+    if runs_ahead(order):
+        return 1
+    return DRAFTING if order.device == "cpu" else order.max_running
 
 
 def _stride(order: Load) -> int | None:

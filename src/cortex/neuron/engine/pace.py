@@ -28,8 +28,10 @@ FEW: Final = 3.0
 ROUND: Final = 32
 """Chunks of long prompts have a multiple of so many tokens: kernels are made anew for each length."""
 DRAFTED: Final = 0.15
-"""What a drafted token is believed to cost at first, in steps of one that decodes: weights are read once for
-a step, those of experts more often."""
+"""What a drafted token is believed to cost at first, in tokens that could have been sampled instead: weights
+are read once for a step, those of experts more often."""
+CHEAP: Final = 0.01
+"""A drafted token is not believed to cost less."""
 SLICES: Final = 2
 """Layers, at least, that a chunk should pass at a time: fewer make up for a slow pass of the others then."""
 
@@ -57,8 +59,8 @@ class Pace:
         """Seconds that work takes in the pass of those who decode."""
         self._apart: float | None = None
         """Seconds that work takes in a layer of a pass of its own."""
-        self.draft_cost = DRAFTED
-        """Of each drafted token, in steps of one that decodes alone."""
+        self._drafted: dict[int, float] = {}
+        """What a drafted token costs, see `draft_price`, by how many decode."""
 
     def work(self, tokens: int, context: int) -> float:
         """Of a chunk of the tokens that follow `context` others."""
@@ -123,14 +125,27 @@ class Pace:
         elif decoding in self._decode:
             self._beside = _moved(self._beside, seconds - self._decode[decoding], beside)
 
-    def drafted(self, tokens: int, seconds: float) -> None:
-        """A pass of one that decodes alone took `seconds` with so many drafted tokens. Without them it would
+    def draft_price(self, decoding: int) -> float:
+        """Of each drafted token in a pass of so many that decode: how many tokens these could have had in the
+        time that it takes, 1 at most. More of them are to be right.
+        """
+        return self._drafted.get(decoding, DRAFTED)
+
+    def longest_draft(self, decoding: int) -> int:
+        """Tokens of a draft that, if it is wrong, costs as much as one of the tokens that so many could have
+        had meanwhile.
+        """
+        return int(1 / max(self.draft_price(decoding), CHEAP))
+
+    def drafted(self, decoding: int, tokens: int, seconds: float) -> None:
+        """A pass of so many that decode took `seconds` with so many drafted tokens. Without them it would
         have taken less, so what is believed of that is no more: the first pass may have been a slow one.
         """
-        usual = self._decode[1] = min(self._decode[1], seconds)
-        self._alone[1] = min(self._alone[1], seconds)
-        found = min(1.0, (seconds / usual - 1) / tokens) if usual else 0.0
-        self.draft_cost += MEMORY * (found - self.draft_cost)
+        usual = self._decode[decoding] = min(self._decode[decoding], seconds)
+        self._alone[decoding] = min(self._alone[decoding], seconds)
+        found = min(1.0, decoding * (seconds / usual - 1) / tokens) if usual else 0.0
+        known = self.draft_price(decoding)
+        self._drafted[decoding] = known + MEMORY * (found - known)
 
     def passed(self, work: float, layers: int, seconds: float) -> None:
         """So much work went through so many layers in a pass of its own."""

@@ -130,22 +130,23 @@ class Planner:
             plan, making.sequences, making.ends, making.sampled, len(making.ids), 0, 0.0, ahead=1
         )
 
-    def may_draft(self, sequence: Sequence) -> bool:
-        """Whether the sequence, which alone runs, may compute a draft along with its newest token: what it
-        takes without one must be known first, for those who join it.
+    def longest_draft(self, running: list[Sequence]) -> int:
+        """Tokens that those who run may compute along with the newest one of each. None where somebody's
+        prompt is computed, or what they take without drafts is not known, for those who join them.
         """
-        return sequence.in_decode and self._pace.knows(1)
+        if self._way is not None or not all(sequence.in_decode for sequence in running):
+            return 0
+        return self._pace.longest_draft(len(running)) if self._pace.knows(len(running)) else 0
 
-    @property
-    def draft_cost(self) -> float:
-        """Of each token of a draft, in steps without one."""
-        return self._pace.draft_cost
+    def draft_price(self, decoding: int) -> float:
+        """Of each token of a draft, in tokens that so many could have had in its time."""
+        return self._pace.draft_price(decoding)
 
     def took(self, scheduled: Scheduled, seconds: float) -> None:
         """The step has taken so long; the next ones go by that."""
         drafted = len(scheduled.plan.wanted) - len(scheduled.sampled)
         if drafted > 0:
-            self._pace.drafted(drafted, seconds)
+            self._pace.drafted(scheduled.decoding, drafted, seconds)
             return
         if scheduled.plan.layers:
             self._pace.passed(scheduled.work, scheduled.plan.layers, seconds)

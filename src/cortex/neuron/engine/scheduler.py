@@ -48,12 +48,12 @@ class Scheduler:
         max_running: int = 8,
         max_wait_s: float | None = None,
         states: StateBooks | None = None,
-        prompt_lookup: bool = True,
+        drafting: int = 8,
     ) -> None:
-        """`states` has a slot for each that may run, for models with states. With `prompt_lookup`, a sequence
-        that runs alone computes tokens that it is likely to say next along with its newest one: not for
-        recurrent layers, whose states cannot forget a wrong token. Raises ValueError if the pool cannot hold
-        one context.
+        """`states` has a slot for each that may run, for models with states. Where `drafting` sequences or
+        fewer decode, they compute tokens that they are likely to say next along with their newest ones: not
+        for recurrent layers, whose states cannot forget a wrong token. Raises ValueError if the pool cannot
+        hold one context.
         """
         if pool.blocks < pool.count_for(context):
             raise ValueError(f"{pool.blocks} blocks of {pool.size} tokens cannot hold {context} tokens")
@@ -67,7 +67,7 @@ class Scheduler:
         self._clock = clock
         self._max_running = max_running
         self._max_wait = max_wait_s
-        self._drafts = prompt_lookup
+        self._drafting = drafting
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._copies: list[Copy] = []
@@ -136,20 +136,18 @@ class Scheduler:
         somebody_starts = bool(self._waiting) and len(self._running) < self._max_running
         if somebody_starts or self.states.active:
             return None
-        alone = self._alone()
-        if alone is not None and not alone.drafter.rests(len(alone.tokens) + 1):
+        may_draft = len(self._running) <= self._drafting
+        if may_draft and not all(each.drafter.rests(len(each.tokens) + 1) for each in self._running):
             return None
         return self._planner.follow(scheduled, self._running, self._context, self._clock())
 
-    def _alone(self) -> Sequence | None:
-        """Whoever may have drafts, since nobody else runs."""
-        return self._running[0] if self._drafts and len(self._running) == 1 else None
-
     def _draft(self) -> None:
-        """Alone in decode a sequence gets a draft: the weights are read for one token anyway."""
-        sequence = self._alone()
-        if sequence is not None and self._planner.may_draft(sequence):
-            sequence.make_draft(min(len(sequence.blocks) * self.pool.size, self._context - 1))
+        """Those who decode get drafts: the weights are read for them anyway."""
+        running = self._running
+        if 0 < len(running) <= self._drafting:
+            most = self._planner.longest_draft(running)
+            for sequence in running if most else ():
+                sequence.make_draft(min(len(sequence.blocks) * self.pool.size, self._context - 1), most)
 
     def took(self, scheduled: Scheduled, seconds: float) -> None:
         """The step has taken so long."""
@@ -170,12 +168,13 @@ class Scheduler:
                 sequence.marks.pop(0)
                 self.states.keep(sequence.slot, sequence.blocks[sequence.known - 1], sequence.cached)
         now = self._clock()
+        price = self._planner.draft_price(scheduled.decoding)
         rows = iter(sampled)
         outputs = []
         for sequence in scheduled.sampled:
             own = list(itertools.islice(rows, 1 + len(sequence.draft)))
             if sequence.blocks:
-                outputs.append(self._accept(sequence, own, now))
+                outputs.append(self._accept(sequence, own, price, now))
             else:
                 self.counts.wasted += len(own)
         return outputs
@@ -379,11 +378,11 @@ class Scheduler:
 
     # --- what comes out ---
 
-    def _accept(self, sequence: Sequence, rows: list[Sampled], now: float) -> Output:
+    def _accept(self, sequence: Sequence, rows: list[Sampled], price: float, now: float) -> Output:
         drafted, hit, sequence.hit = len(sequence.draft), sequence.hit, None
         said = sequence.take(rows, self._context, now)
         if drafted:
-            sequence.drafter.judge(drafted, said.accepted, self._planner.draft_cost, len(sequence.tokens))
+            sequence.drafter.judge(drafted, said.accepted, price, len(sequence.tokens))
             self.counts.drafted += drafted
             self.counts.accepted += said.accepted
             self._learn(sequence)

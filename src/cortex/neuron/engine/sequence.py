@@ -155,12 +155,12 @@ class Sequence:
         if self._started is None:
             self._started = now
 
-    def make_draft(self, most: int) -> None:
-        """Of how it may go on, with `most` tokens in all. With penalties there is none, as each token changes
-        what the next one is sampled from.
+    def make_draft(self, fit: int, most: int) -> None:
+        """Of how it may go on, of `most` tokens, where `fit` do in all. With penalties there is none, as each
+        token changes what the next one is sampled from.
         """
         if self.tally is None:
-            room = min(most - len(self.tokens), self.sampling.max_tokens - self.generated - 1)
+            room = min(most, fit - len(self.tokens), self.sampling.max_tokens - self.generated - 1)
             room = self._within_stretch(self.missing + room) - self.missing
             self.draft = self.drafter.propose(self.tokens, room)
 

@@ -1,78 +1,20 @@
 """A step plan as tensors: the metadata that every layer takes as an argument of `forward`.
 
-Made once a step by the runner. Knows no model and no cache, only in which rows a cache has what and which
-of them a query sees.
+Made once a step by the runner. Knows no model and no cache, only in which rows a cache has what.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import torch
 from torch import Tensor
 
-from cortex.neuron.nn.plan import NO_SLOT, NearSlots, Run, Segment, StepPlan, parts
+from cortex.neuron.nn.looks import Looking, Looks
+from cortex.neuron.nn.plan import NO_SLOT, NearSlots, StepPlan, parts
 from cortex.neuron.nn.transfer import to_device
-
-KNOWS_CAUSALITY: Final = ("cpu",)
-"""Types of devices whose attention hides later tokens by itself."""
-GATHERED: Final = {"cpu": 160, "cuda": 2**12}
-"""Keys that a row may see at most for them to be gathered with those of others: a CPU soon takes longer to
-copy them, while on CUDA every call costs what thousands of them do. The latter is unverified on hardware."""
-MOST_GATHERED: Final = {"cpu": 2**11, "cuda": 2**15}
-"""Keys that are gathered at once at most, as a layer copies them: more of them leave the caches of a CPU."""
-
-FEW: Final = 8
-"""Several tokens, up to this, look once through a mask at a run that holds all of their sequence: to look at
-what came before and at themselves and to merge both costs more then."""
-
-
-class View(NamedTuple):
-    """Some rows of the step look at some keys and values, all of them at all, or causally at their own.
-
-    The rows are [first, last), or those of `rows`, int64, where they do not lie together. The keys are
-    `length` rows of the cache from `start` on; with `causal`, they are the step's own rows [first, last).
-    `fresh` rows have looked at nothing before; what others see is merged with what they saw. `mask`, fp32
-    [rows, length], is added to the scores: -inf at keys that a row's window has left behind and, where
-    attention knows no causality by itself, at its own that come later.
-    """
-
-    first: int
-    last: int
-    rows: Tensor | None
-    start: int
-    length: int
-    causal: bool
-    fresh: bool
-    mask: Tensor | None = None
-
-
-class Gathered(NamedTuple):
-    """Rows of the step of which each looks at a run of its own and at nothing else, all at once: a call for
-    each costs more than to bring together what they see.
-
-    The rows are [first, last), or those of `rows`, int64. `keys`, int64 [rows * length], are the rows of the
-    cache that each sees, filled up with its last one to `length`, and `mask`, fp32 [rows, 1, 1, length], is
-    -inf at those, None if there are none.
-    """
-
-    first: int
-    last: int
-    rows: Tensor | None
-    keys: Tensor
-    length: int
-    mask: Tensor | None
-    fresh: bool = True
-
-
-class Looks(NamedTuple):
-    """`views` together show every row all that it may see. `in_order`: every row has one view, and the views
-    come in the order of their rows."""
-
-    views: tuple[View | Gathered, ...]
-    in_order: bool
 
 
 class Pages(NamedTuple):
@@ -166,7 +108,7 @@ def _near(
     if near is None:
         if all(part.end <= window for part in plan.segments):
             return None
-        return full._replace(looks=_Looking(plan, device, window).looks())
+        return full._replace(looks=Looking(plan, device, window).looks())
     segments = [
         msgspec.structs.replace(part, runs=[(near.origin(part.slot, part.start), part.end)])
         for part in plan.segments
@@ -177,7 +119,7 @@ def _near(
 def _access(plan: StepPlan, device: torch.device, window: int | None) -> Access:
     slots = _slots(plan)
     follow = slots == [*range(slots[0], slots[0] + len(slots))]
-    looks = _Looking(plan, device, window).looks()
+    looks = Looking(plan, device, window).looks()
     return Access(to_device(slots, device), slots[0] if follow else None, looks)
 
 
@@ -232,152 +174,3 @@ def _pages(plan: StepPlan, page: int, device: torch.device) -> Pages:
         max(queries),
         max(keys),
     )
-
-
-class _Looking:
-    """Finds what the rows of a plan see.
-
-    One token sees whole runs of the cache, itself included; rows that see the same run look together, and of
-    those that see one short run each, all that see about as much.
-    Several tokens see what came before them as runs, and themselves causally. A window of W tokens shows a
-    token at position q the keys from q - W + 1 on. So several tokens are taken W at a time: the last of them
-    still sees the first, and what came before they see through a mask where the window shows.
-    """
-
-    def __init__(self, plan: StepPlan, device: torch.device, window: int | None) -> None:
-        self._plan = plan
-        self._device = device
-        self._window = window
-        self._fresh = [True] * len(plan.ids)
-        self._single: dict[Run, list[int]] = {}
-        self._views: list[View] = []
-        self._short = GATHERED.get(device.type, 0)
-        self._alone: dict[int, Run] = {}
-        """Rows that see one short run only."""
-        self._masks: dict[tuple[int, int, int], Tensor] = {}
-
-    def looks(self) -> Looks:
-        row = 0
-        for part in self._plan.segments:
-            if part.length == 1:
-                seen = part.runs if self._window is None else self._within(part)
-                for run in seen:
-                    self._single.setdefault(run, []).append(row)
-                if len(seen) == 1 and seen[0][1] <= self._short:
-                    self._alone[row] = seen[0]
-            else:
-                self._several(part, row)
-            row += part.length
-        views: tuple[View | Gathered, ...] = (*self._gathered(), *self._together(), *self._views)
-        in_order = all(view.fresh and view.rows is None for view in views)
-        return Looks(views, in_order and all(a.last == b.first for a, b in itertools.pairwise(views)))
-
-    def _within(self, part: Segment) -> list[Run]:
-        return parts(part.runs, self._oldest(part.start), part.end)
-
-    def _oldest(self, position: int) -> int:
-        """The first position that a token at `position` sees."""
-        return 0 if self._window is None else max(0, position - self._window + 1)
-
-    def _several(self, part: Segment, row: int) -> None:
-        if self._window is None and part.length <= FEW and len(part.runs) == 1:
-            self._views.append(self._few(part, row))
-            return
-        most = part.length if self._window is None else self._window
-        for start in range(part.start, part.end, most):
-            end = min(part.end, start + most)
-            first = row + start - part.start
-            last = first + end - start
-            hidden = self._later(end - start)
-            self._views.append(View(first, last, None, 0, end - start, True, True, hidden))
-            position = self._oldest(start)
-            for begin, count in parts(part.runs, position, start):
-                self._before(first, last, start, (begin, count), position)
-                position += count
-
-    def _few(self, part: Segment, row: int) -> View:
-        """A few rows in one run look at it once, each through a mask."""
-        start, length = part.runs[0]
-        mask = torch.full((part.length, length), float("-inf"), device=self._device).triu_(part.start + 1)
-        return View(row, row + part.length, None, start, length, False, True, mask)
-
-    def _before(self, first: int, last: int, start: int, run: Run, position: int) -> None:
-        """Rows [first, last), from position `start` on, see a run whose first token is at `position`."""
-        begin, count = run
-        if self._window is not None:
-            last = min(last, first + position + count - start + self._window - 1)  # later ones see none of it
-        hidden = self._oldest(start + last - first - 1) - position
-        mask = self._mask(last - first, count, position - start) if hidden > 0 else None
-        self._views.append(View(first, last, None, begin, count, False, False, mask))
-
-    def _later(self, rows: int) -> Tensor | None:
-        """What hides from each of several tokens those that come after it, where that has to be said."""
-        if self._device.type in KNOWS_CAUSALITY:
-            return None
-        known = self._masks.get((rows, rows, 0))
-        if known is None:
-            full = torch.full((rows, rows), float("-inf"), device=self._device)
-            known = self._masks[rows, rows, 0] = full.triu(1)
-        return known
-
-    def _mask(self, rows: int, count: int, ahead: int) -> Tensor:
-        """For `count` keys of which the first is at the position of the first row plus `ahead`, below 0."""
-        assert self._window is not None
-        known = self._masks.get((rows, count, ahead))
-        if known is None:
-            full = torch.full((rows, count), float("-inf"), device=self._device)
-            # Row i sees key j where ahead + j > i - window.
-            known = self._masks[rows, count, ahead] = full.tril(-ahead - self._window)
-        return known
-
-    def _gathered(self) -> list[Gathered]:
-        """Of rows that nobody shares a run with, those that see about as much: none is filled up to more than
-        twice its length.
-        """
-        alike: dict[int, list[int]] = {}
-        for row, run in self._alone.items():
-            if len(self._single[run]) == 1:
-                alike.setdefault((run[1] - 1).bit_length(), []).append(row)
-        found = []
-        for bits, rows in alike.items():
-            most = max(1, MOST_GATHERED[self._device.type] >> bits)
-            for at in range(0, len(rows), most):
-                some = rows[at : at + most]
-                if len(some) > 1:
-                    runs = [self._alone[row] for row in some]
-                    found.append(_gather(some, runs, self._device))
-                    for run in runs:  # which nobody has to look at any more
-                        del self._single[run]
-        return found
-
-    def _together(self) -> list[View]:
-        together: list[View] = []
-        for (start, count), rows in self._single.items():
-            for first_look in (True, False):
-                alike = [row for row in rows if self._fresh[row] is first_look]
-                if alike:
-                    together.append(_view(alike, start, count, first_look, self._device))
-            for row in rows:
-                self._fresh[row] = False
-        return together
-
-
-def _view(rows: list[int], start: int, count: int, fresh: bool, device: torch.device) -> View:
-    return View(rows[0], rows[-1] + 1, _scattered(rows, device), start, count, False, fresh)
-
-
-def _gather(rows: list[int], runs: list[Run], device: torch.device) -> Gathered:
-    starts, counts = to_device(runs, device).unsqueeze(-1).unbind(1)
-    length = max(count for _, count in runs)
-    places = torch.arange(length, device=device)
-    keys = (starts + torch.minimum(places, counts - 1)).view(-1)
-    mask = None
-    if any(count < length for _, count in runs):
-        mask = torch.zeros(len(rows), length, device=device)
-        mask = mask.masked_fill_(places >= counts, float("-inf")).view(len(rows), 1, 1, length)
-    return Gathered(rows[0], rows[-1] + 1, _scattered(rows, device), keys, length, mask)
-
-
-def _scattered(rows: list[int], device: torch.device) -> Tensor | None:
-    """The rows, where they do not lie together."""
-    return None if rows[-1] + 1 - rows[0] == len(rows) else to_device(rows, device)
