@@ -27,8 +27,6 @@ from cortex.neuron.nn.packing import INT8_OUTPUTS, fbgemm_bytes, onednn_bytes, p
 _MIDDLE: Final = torch.tensor(128.0 * 256 + 128 + 0.5)
 """What makes both planes of a number bytes with 128 added, once it is cut off after the point."""
 _SIGNS: Final = torch.tensor(128 * 256 + 128, dtype=torch.int32)
-FEW_ROWS: Final = 8
-"""Up to here calls count, and not the passes over memory that fewer of them may make."""
 FEW_WEIGHTS: Final = 5_000_000
 """Up to so many, splitting and joining two planes costs a decode step more than their product saves."""
 WHOLE: Final = math.lcm(TILE, INT8_OUTPUTS)
@@ -179,7 +177,8 @@ class Fbgemm:
         self._zero = most + 1
         self.base = 2 * most
         self.steps = most * self.base
-        self._steps, self._finer = torch.tensor(float(self.steps)), torch.tensor(1 / self.base)
+        self._factors = torch.tensor([self.steps, most], dtype=torch.float32).view(2, 1, 1)
+        """What makes a row's largest number all steps of both planes, and all of the upper one."""
 
     def begin(self, outputs: int, inputs: int) -> Packing:
         return _Collected(outputs, inputs, self.pack)
@@ -194,15 +193,9 @@ class Fbgemm:
         rows, inputs = x.shape
         peak = x.abs().amax(-1, True)
         # A row of zeros becomes whatever NaN is as an integer, which its peak then multiplies by zero.
-        factor = self._steps / peak
-        if rows <= FEW_ROWS:
-            number = x * factor
-            upper = number.mul(self._finer).round_()
-            return torch.cat((number.sub_(upper, alpha=self.base), upper)), peak
-        planes = torch.empty(2, rows, inputs)
+        planes = x * (self._factors / peak)
         lower, upper = planes.unbind()
-        torch.mul(torch.mul(x, factor, out=lower), self._finer, out=upper).round_()
-        lower.sub_(upper, alpha=self.base)
+        lower.sub_(upper.round_(), alpha=self.base)
         return planes.view(2 * rows, inputs), peak
 
     def multiply(self, rows: Tensor, packed: Any) -> Tensor:
