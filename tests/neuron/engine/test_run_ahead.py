@@ -16,7 +16,7 @@ from cortex.hookspecs import Sampling
 from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.channel import Channel
 from cortex.neuron.engine.checkpoints import StateBooks
-from cortex.neuron.engine.loading import runs_ahead
+from cortex.neuron.engine.loading import DRAFTING, make_scheduler, runs_ahead
 from cortex.neuron.engine.loop import Loop
 from cortex.neuron.engine.messages import (
     Cancel,
@@ -35,8 +35,10 @@ from cortex.neuron.engine.ranks import Ranks
 from cortex.neuron.engine.sampler import CANDIDATES, Row, choose
 from cortex.neuron.engine.scheduler import Scheduler
 from cortex.neuron.engine.sequence import Sequence, Tally
+from cortex.neuron.models.reading import read_shape
 from cortex.neuron.nn.placement import Share
 from cortex.neuron.nn.plan import Segment, StepPlan
+from cortex.neuron.weights.checkpoint import open_checkpoint
 
 STOP, SIZE, VOCAB = 9, 4, 100
 
@@ -346,31 +348,32 @@ def test_a_cancel_reaches_a_sequence_whose_step_is_on_its_way() -> None:
     assert [len(plan.segments) for plan, _ in runner.seen] == [2, 2, 2, 1, 1]
 
 
+AHEAD = {"cuda_run_ahead": True}
+
+
 @pytest.mark.parametrize(
-    ("device", "world", "options", "expected"),
+    ("kind", "changes", "ahead", "drafting"),
     [
-        ("GPU-a", 1, {"cuda_run_ahead": True}, True),
-        ("GPU-a", 1, {"cuda_run_ahead": False}, False),
-        ("GPU-a", 1, {}, False),
-        ("GPU-a", 2, {"cuda_run_ahead": True}, False),
-        ("cpu", 1, {"cuda_run_ahead": True}, False),
+        ("llama", {"options": AHEAD}, True, 1),
+        ("llama", {"options": {**AHEAD, "prompt_lookup": False}}, True, 0),
+        ("llama", {}, False, 6),
+        ("llama", {"options": AHEAD, "world": 2}, False, 6),
+        ("llama", {"options": AHEAD, "device": "cpu"}, False, DRAFTING),
+        ("llama", {"options": {"prompt_lookup": False}}, False, 0),
+        ("gemma3_text", {"options": AHEAD, "windowed": True}, False, 6),
+        ("qwen3_moe", {"options": AHEAD}, False, 6),
+        ("qwen3_5_text", {"options": AHEAD}, False, 0),
     ],
 )
-def test_only_a_gpu_by_itself_runs_ahead_and_only_if_told_to(
-    device: str, world: int, options: dict[str, Any], expected: bool
+def test_who_runs_ahead_and_how_many_may_have_drafts(
+    make_tiny: Any, kind: str, changes: dict[str, Any], ahead: bool, drafting: int
 ) -> None:
-    load = Load(
-        path="",
-        device=device,
-        dtype="packed16",
-        context=1,
-        cache_tokens=1,
-        prefill_chunk=1,
-        threads=1,
-        world=world,
-        options=options,
-    )
-    assert runs_ahead(load) is expected
+    settings = {"device": "GPU-a", "max_running": 6, "context": 64, "cache_tokens": 512, **changes}
+    load = Load(path="", dtype="packed16", prefill_chunk=64, threads=1, **settings)
+    with open_checkpoint(make_tiny(kind).directory) as checkpoint:
+        shape = read_shape(checkpoint)
+    assert runs_ahead(load, shape) is ahead
+    assert make_scheduler(load, shape)._drafting == drafting
 
 
 # --- on a device that is not there ----------------------------------------------------------------
@@ -390,7 +393,7 @@ def test_only_a_gpu_by_itself_runs_ahead_and_only_if_told_to(
     ids=str,
 )
 def test_a_gpu_chooses_without_the_host_reading_anything(settings: dict[str, Any]) -> None:
-    """Reading a number of a fake tensor is an error."""
+    """Reading a number of a fake tensor is an error. Nobody waits, as where steps run ahead."""
     device = torch.device("cuda", 0)
     tally = Tally([])
     rows = [
@@ -399,12 +402,12 @@ def test_a_gpu_chooses_without_the_host_reading_anything(settings: dict[str, Any
     ]
     with FakeTensorMode():
         choosing = inspect.unwrap(choose)  # inference mode has no devices that are not there
-        chosen = choosing(torch.empty(3, 2 * CANDIDATES[1], device=device), rows)
+        chosen = choosing(torch.empty(3, 2 * CANDIDATES[1], device=device), rows, waits=False)
     assert (chosen.tokens.shape, chosen.tokens.dtype) == ((3,), torch.int64)
     assert chosen.tokens.device == device
 
 
-def test_a_row_that_ends_a_sequence_is_one_whose_number_is_known() -> None:
+def test_the_number_for_the_token_after_next_is_the_next_ones_then() -> None:
     """The number for the token after one that nobody has read is the sequence's next but one."""
     sequence = Sequence(order(1), 0.0)
     second = sequence.draw(1)

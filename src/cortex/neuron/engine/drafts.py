@@ -20,6 +20,8 @@ PAUSE, LONGEST_PAUSE = 8, 256
 """Tokens without a draft after drafts that lose, the first time and at most; twice as many each time."""
 LOOKED_BACK: Final = 2**15
 """Tokens of a prompt that are looked through: the last ones."""
+AT_ONCE: Final = 2**11
+"""Tokens that are looked through for one step, which others wait for."""
 
 
 class Drafter:
@@ -46,9 +48,10 @@ class Drafter:
         if most < 1 or self.rests(count):
             return []
         after = self._after
-        for at in range(max(GRAM, self._indexed, count - LOOKED_BACK), count):
+        first = max(GRAM, self._indexed, count - LOOKED_BACK)
+        self._indexed = min(count, first + AT_ONCE)
+        for at in range(first, self._indexed):
             after[tuple(tokens[at - GRAM : at])] = at
-        self._indexed = count
         found = after.get(tuple(tokens[count - GRAM :]))
         if found is None:
             return []
@@ -64,10 +67,11 @@ class Drafter:
         self._gain += MEMORY * (accepted - price * drafted - self._gain)
         if accepted == drafted:
             self._length = min(MOST, 2 * self._length)
-            self._pause = PAUSE
         else:
             self._length = max(1, accepted)
         if self._gain < 0:
             self._resumes = count + self._pause
             self._pause = min(LONGEST_PAUSE, 2 * self._pause)
             self._gain, self._length = 0.0, FIRST
+        elif accepted == drafted:
+            self._pause = PAUSE

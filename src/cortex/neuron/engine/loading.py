@@ -107,7 +107,7 @@ def _drafting(order: Load, shape: ModelShape) -> int:
     """
     if order.options.get("prompt_lookup") is False or shape.delta is not None:
         return 0
-    if runs_ahead(order):
+    if runs_ahead(order, shape):
         return 1
     return DRAFTING if order.device == "cpu" else order.max_running
 
@@ -130,9 +130,13 @@ def _cuda_options(order: Load) -> CudaOptions:
     return CudaOptions(options.get("cuda_paged") is True, options.get("cuda_graphs") is True)
 
 
-def runs_ahead(order: Load) -> bool:
-    """Whether steps set out before the last one is read: the other ranks of a model could not."""
-    return order.device != "cpu" and order.world == 1 and order.options.get("cuda_run_ahead") is True
+def runs_ahead(order: Load, shape: ModelShape) -> bool:
+    """Whether steps set out before the last one is read. The other ranks of a model could not, states cannot
+    forget a token, and which experts a step needs is read on its way.
+    """
+    told = order.device != "cpu" and order.options.get("cuda_run_ahead") is True
+    has_states = shape.delta is not None or order.windowed
+    return told and order.world == 1 and shape.experts is None and not has_states
 
 
 def out_of_memory(error: Exception) -> bool:

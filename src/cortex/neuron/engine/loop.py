@@ -127,7 +127,7 @@ class Loop:
         try:
             self._ranks.tell(scheduled.plan)
             logits = self._runner.logits(scheduled.plan, sampled)
-            return _Flight(scheduled, began, _choose(logits, scheduled))
+            return _Flight(scheduled, began, _choose(logits, scheduled, waits=not self._run_ahead))
         except RankGone:
             raise
         except Exception as error:
@@ -137,6 +137,7 @@ class Loop:
         """Read the step and tell of it; False if the engine cannot go on."""
         scheduled = flight.scheduled
         reason = None
+        succeeded = True
         try:
             if flight.error is not None:
                 raise flight.error
@@ -147,11 +148,13 @@ class Loop:
             else:
                 outputs = self._scheduler.complete(scheduled, sampled)
         except Exception as error:
+            succeeded = False
             outputs, reason = self._failed(scheduled, error)
         now = self._clock()
         seconds = now - max(flight.began, self._landed)
         self._landed = now
-        self._scheduler.took(scheduled, seconds)
+        if succeeded:  # otherwise it says nothing of what steps take
+            self._scheduler.took(scheduled, seconds)
         self._channel.send(Step(outputs=outputs, done=self._done(scheduled, seconds)))
         if reason is not None:
             self._channel.send(Broken(reason=reason))
@@ -193,14 +196,14 @@ class Loop:
         )
 
 
-def _choose(logits: torch.Tensor, scheduled: Scheduled) -> Chosen | None:
+def _choose(logits: torch.Tensor, scheduled: Scheduled, *, waits: bool = True) -> Chosen | None:
     """The next token of each sequence and after each of its draft, if there are any."""
     rows = [
         _row(sequence, scheduled.ahead + at)
         for sequence in scheduled.sampled
         for at in range(1 + len(sequence.draft))
     ]
-    return choose(logits, rows) if rows else None
+    return choose(logits, rows, waits=waits) if rows else None
 
 
 def _read(chosen: Chosen | None) -> list[Sampled] | None:

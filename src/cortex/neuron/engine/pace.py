@@ -30,8 +30,8 @@ ROUND: Final = 32
 DRAFTED: Final = 0.15
 """What a drafted token is believed to cost at first, in tokens that could have been sampled instead: weights
 are read once for a step, those of experts more often."""
-CHEAP: Final = 0.01
-"""A drafted token is not believed to cost less."""
+CHEAP, DEAR = 0.01, 4.0
+"""A drafted token is not believed to cost less, or more."""
 SLICES: Final = 2
 """Layers, at least, that a chunk should pass at a time: fewer make up for a slow pass of the others then."""
 
@@ -127,25 +127,27 @@ class Pace:
 
     def draft_price(self, decoding: int) -> float:
         """Of each drafted token in a pass of so many that decode: how many tokens these could have had in the
-        time that it takes, 1 at most. More of them are to be right.
+        time that it takes. If more than one, even a right draft loses.
         """
         return self._drafted.get(decoding, DRAFTED)
 
     def longest_draft(self, decoding: int) -> int:
         """Tokens of a draft that, if it is wrong, costs as much as one of the tokens that so many could have
-        had meanwhile.
+        had meanwhile; at least 1, from which to learn what it costs.
         """
-        return int(1 / max(self.draft_price(decoding), CHEAP))
+        return max(1, int(1 / max(self.draft_price(decoding), CHEAP)))
 
     def drafted(self, decoding: int, tokens: int, seconds: float) -> None:
         """A pass of so many that decode took `seconds` with so many drafted tokens. Without them it would
         have taken less, so what is believed of that is no more: the first pass may have been a slow one.
         """
-        usual = self._decode[decoding] = min(self._decode[decoding], seconds)
-        self._alone[decoding] = min(self._alone[decoding], seconds)
-        found = min(1.0, decoding * (seconds / usual - 1) / tokens) if usual else 0.0
-        known = self.draft_price(decoding)
-        self._drafted[decoding] = known + MEMORY * (found - known)
+        for known in (self._alone, self._decode):
+            least = known[decoding] / JUMP_OF_DECODE
+            known[decoding] = max(least, min(known[decoding], seconds))
+        usual = self._decode[decoding]
+        found = decoding * max(0.0, seconds / usual - 1) / tokens if usual else 0.0
+        price = self.draft_price(decoding)
+        self._drafted[decoding] = price + MEMORY * (min(found, DEAR) - price)
 
     def passed(self, work: float, layers: int, seconds: float) -> None:
         """So much work went through so many layers in a pass of its own."""

@@ -131,8 +131,8 @@ class Planner:
         )
 
     def longest_draft(self, running: list[Sequence]) -> int:
-        """Tokens that those who run may compute along with the newest one of each. None where somebody's
-        prompt is computed, or what they take without drafts is not known, for those who join them.
+        """Tokens that those who run may compute along with the newest one of each: 0 where somebody's prompt
+        is computed, or what they take without drafts is not known, for those who join them.
         """
         if self._way is not None or not all(sequence.in_decode for sequence in running):
             return 0

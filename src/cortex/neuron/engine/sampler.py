@@ -53,11 +53,11 @@ class Chosen:
 
 
 @torch.inference_mode()
-def choose(logits: Tensor, rows: Sequence[Row]) -> Chosen:
+def choose(logits: Tensor, rows: Sequence[Row], *, waits: bool = True) -> Chosen:
     """From each row of `logits`, fp32 [B, vocab], which are changed.
 
     Temperature 0 takes the likeliest token; otherwise temperature, top_k, top_p and min_p apply in this
-    order, as in transformers. On CUDA the host reads nothing here, but for penalties.
+    order, as in transformers. If nobody `waits`, the host reads nothing here, but for penalties.
     """
     device = logits.device
     told = _Told(logits, rows)
@@ -78,8 +78,12 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> Chosen:
         own = logits if everyone else logits.index_select(0, at)
         shifted = own.sub_((highest if everyone else highest.index_select(0, at)).unsqueeze(1)).div_(scale)
         uniform = _column([rows[index].draw for index in indices], logits, torch.float64)
-        draw = _draw_truncated if truncates else _draw_whole
-        tokens.index_copy_(0, at, draw(torch.softmax(shifted, dim=-1), chosen, uniform))
+        probabilities = torch.softmax(shifted, dim=-1)
+        if truncates:
+            drawn = _draw_truncated(probabilities, chosen, uniform, waits)
+        else:
+            drawn = _draw_whole(probabilities, chosen, uniform)
+        tokens.index_copy_(0, at, drawn)
     told.about(tokens)
     return Chosen(tokens, valid, told)
 
@@ -91,7 +95,7 @@ class _Told:
         self._rows = len(rows)
         counts = {index: row.settings.logprobs for index, row in enumerate(rows)}
         self._counts = {index: count for index, count in counts.items() if count is not None}
-        self._found: tuple[Tensor, ...] = ()
+        self._found: tuple[ToHost, ...] = ()
         if self._counts:
             self._at = to_device([*self._counts], logits.device)
             everyone = len(self._counts) == len(rows)
@@ -104,12 +108,13 @@ class _Told:
             ids = tokens.index_select(0, self._at)
             most = min(max(self._counts.values()), self._logprobs.shape[1])
             own = self._logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)
-            self._found = (ids, own, *self._logprobs.topk(most, dim=-1))
+            found = (ids, own, *self._logprobs.topk(most, dim=-1))
+            self._found = tuple(ToHost(numbers) for numbers in found)
 
     def read(self) -> list[TokenLogprobs | None]:
         """Of each row that asks."""
         told: list[TokenLogprobs | None] = [None] * self._rows
-        numbers = zip(*(tensor.tolist() for tensor in self._found), strict=True)
+        numbers = zip(*(found.read() for found in self._found), strict=True)
         for (index, count), (id, own, values, others) in zip(self._counts.items(), numbers, strict=True):
             told[index] = TokenLogprobs(id, own, list(zip(others[:count], values[:count], strict=True)))
         return told
@@ -170,22 +175,23 @@ def _draw_whole(probabilities: Tensor, settings: Sequence[Sampling], uniform: Te
     return _invert(probabilities, uniform)
 
 
-def _draw_truncated(probabilities: Tensor, settings: Sequence[Sampling], uniform: Tensor) -> Tensor:
+def _draw_truncated(
+    probabilities: Tensor, settings: Sequence[Sampling], uniform: Tensor, waits: bool
+) -> Tensor:
     """Tokens of rows with top_k or top_p: each from the fewest candidates that are provably enough. How many
-    top_p needs is read from a CPU only: other devices would have to be waited for, and sort everything.
+    top_p needs has to be read; if nobody waits for that, everything is sorted.
     """
     vocab = probabilities.shape[-1]
     device = probabilities.device
     tokens = torch.empty(len(settings), dtype=torch.int64, device=device)
-    reads = device.type == "cpu"
     left = list(range(len(settings)))
     for width in (*(few for few in CANDIDATES if few < vocab), vocab):
-        rows = left if reads or width == vocab else [row for row in left if 0 < settings[row].top_k <= width]
+        rows = left if waits or width == vocab else [row for row in left if 0 < settings[row].top_k <= width]
         if not rows:
             continue
         own = probabilities.index_select(0, to_device(rows, device))
         likeliest, ids = own.topk(width, dim=-1)
-        covered = likeliest.sum(dim=-1).tolist() if reads else [0.0] * len(rows)
+        covered = likeliest.sum(dim=-1).tolist() if waits else [0.0] * len(rows)
         enough = [_enough(settings[row], width, total) for row, total in zip(rows, covered, strict=True)]
         ready = [i for i, found in enumerate(enough) if found or width == vocab]
         if ready:

@@ -133,8 +133,8 @@ class Scheduler:
         """The step after the last one, which is `scheduled`, before what that has sampled is completed: one
         more of decode. None where that must be known first.
         """
-        somebody_starts = bool(self._waiting) and len(self._running) < self._max_running
-        if somebody_starts or self.states.active:
+        somebody_may_start = bool(self._waiting) and len(self._running) < self._max_running
+        if somebody_may_start or self.states.active:
             return None
         may_draft = len(self._running) <= self._drafting
         if may_draft and not all(each.drafter.rests(len(each.tokens) + 1) for each in self._running):
@@ -154,8 +154,8 @@ class Scheduler:
         self._planner.took(scheduled, seconds)
 
     def complete(self, scheduled: Scheduled, sampled: list[Sampled]) -> list[Output]:
-        """The step was computed: `sampled` are the tokens of its wanted rows. Those of sequences that have
-        ended since it was made are nobody's. Raises ValueError if there are more or fewer of them.
+        """The step was computed: `sampled` are the tokens of its wanted rows. Those of sequences that do
+        not run any more are nobody's. Raises ValueError if there are more or fewer of them.
         """
         if len(sampled) != scheduled.rows:
             raise ValueError(f"{len(sampled)} tokens came for {scheduled.rows} rows")

@@ -54,7 +54,7 @@ def run(sock: socket.socket, links: Iterable[socket.socket] = ()) -> None:
                 follow(channel, runner, ranks)
             else:
                 scheduler = make_scheduler(order, runner.shape)
-                Loop(channel, runner, scheduler, ranks, run_ahead=runs_ahead(order)).run()
+                Loop(channel, runner, scheduler, ranks, run_ahead=runs_ahead(order, runner.shape)).run()
         except RankSilent as silent:
             channel.send(Broken(reason=str(silent), cause="silence"))
     except (PeerGone, RankGone) as gone:  # the node sees itself that a rank has ended
