@@ -142,8 +142,8 @@ class Pace:
         have taken less, so what is believed of that is no more: the first pass may have been a slow one.
         """
         for known in (self._alone, self._decode):
-            least = known[decoding] / JUMP_OF_DECODE
-            known[decoding] = max(least, min(known[decoding], seconds))
+            near = _near(seconds, known[decoding], JUMP_OF_DECODE)
+            known[decoding] = min(known[decoding], near)
         usual = self._decode[decoding]
         found = decoding * max(0.0, seconds / usual - 1) / tokens if usual else 0.0
         price = self.draft_price(decoding)

@@ -35,8 +35,11 @@ class Scheduled(NamedTuple):
     """Tokens of prompts that the step completes."""
     work: float
     """Of prompts, as `Pace` counts it."""
-    ahead: int = 0
-    """Tokens of each sequence that had been sampled and that nobody had read when the step was made."""
+
+    @property
+    def ahead(self) -> int:
+        """Tokens of each sequence that had been sampled and that nobody had read when the step was made."""
+        return 1 if self.plan.follows else 0
 
     @property
     def rows(self) -> int:
@@ -125,10 +128,8 @@ class Planner:
                 making.follow(sequence, row_of[sequence])
         if not making.ids:
             return None
-        plan = StepPlan(making.ids, making.segments, making.wanted, follows=making.rows)
-        return Scheduled(
-            plan, making.sequences, making.ends, making.sampled, len(making.ids), 0, 0.0, ahead=1
-        )
+        plan = StepPlan(making.ids, making.segments, making.wanted, follows=making.follows)
+        return Scheduled(plan, making.sequences, making.ends, making.sampled, len(making.ids), 0, 0.0)
 
     def longest_draft(self, running: list[Sequence]) -> int:
         """Tokens that those who run may compute along with the newest one of each: 0 where somebody's prompt
@@ -229,7 +230,7 @@ class _Pass:
         self.sequences: list[Sequence] = []
         self.ends: list[tuple[Sequence, int]] = []
         self.sampled: list[Sequence] = []
-        self.rows: list[int] = []
+        self.follows: list[int] = []
 
     def add(self, sequence: Sequence, length: int) -> None:
         """So many of the tokens that are missing, and after all of them its draft."""
@@ -246,7 +247,7 @@ class _Pass:
 
     def follow(self, sequence: Sequence, row: int) -> None:
         """The token that comes after those that are known, sampled in this row of the step before."""
-        self.rows.append(row)
+        self.follows.append(row)
         self.ids.append(0)
         self._append(sequence, len(sequence.tokens), 1)
         self.wanted.append(len(self.ids) - 1)

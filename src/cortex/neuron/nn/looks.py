@@ -75,6 +75,14 @@ class Looks(NamedTuple):
     in_order: bool
 
 
+class _Alone(NamedTuple):
+    """Consecutive rows, the last tokens of one sequence, that see this run only, to its end."""
+
+    row: int
+    rows: int
+    run: Run
+
+
 class Looking:
     """Finds what the rows of a plan see.
 
@@ -177,7 +185,7 @@ class Looking:
 
     def _gathered(self) -> list[Gathered]:
         """Of sequences that share no run with others and have as many rows, those that see about as much:
-        none is filled up to more than twice its length.
+        none is filled up to more than twice its length. Few rows that are like nobody's get a view.
         """
         alike: dict[tuple[int, int], list[_Alone]] = {}
         for one in self._alone:
@@ -210,14 +218,6 @@ class Looking:
 
 def _view(rows: list[int], start: int, count: int, fresh: bool, device: torch.device) -> View:
     return View(rows[0], rows[-1] + 1, _scattered(rows, device), start, count, False, fresh)
-
-
-class _Alone(NamedTuple):
-    """Consecutive rows, the last tokens of one sequence, that see this run only, to its end."""
-
-    row: int
-    rows: int
-    run: Run
 
 
 def _gather(ones: list[_Alone], device: torch.device) -> Gathered:
