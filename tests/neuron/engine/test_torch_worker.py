@@ -19,7 +19,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from cortex.hookspecs import Sampling
-from cortex.neuron.engine import entry
+from cortex.neuron.engine import entry, runner
 from cortex.neuron.engine.messages import (
     Broken,
     Cancel,
@@ -39,8 +39,10 @@ from cortex.neuron.engine.messages import (
 )
 from cortex.neuron.engine.runner import load_runner
 from cortex.neuron.models.reading import read_shape
+from cortex.neuron.nn import matrix
 from cortex.neuron.nn.placement import Placement
 from cortex.neuron.nn.plan import Segment, StepPlan
+from cortex.neuron.nn.staging import Staging
 from cortex.neuron.weights.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -167,6 +169,21 @@ def greedy(path: Path, ids: list[int], count: int) -> list[int]:
         logits = made.logits(StepPlan(ids, [segment], [len(ids) - 1]))
         ids.append(int(logits.argmax()))
     return ids[-count:]
+
+
+def test_after_a_load_nothing_is_kept_for_weights_on_their_way(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = Staging()
+    for module in (matrix, runner):
+        monkeypatch.setattr(module, "STAGING", staging)
+    kept: list[int] = []
+    placement = Placement(torch.device("cpu"), "packed16")
+    load_runner(
+        tiny_model, placement, cache_rows=16, report=lambda done, total: kept.append(staging.kept_bytes)
+    )
+    assert max(kept) > 0
+    assert staging.kept_bytes == 0
 
 
 def test_a_load_reports_its_progress_and_its_size(started: Worker, tiny_model: Path) -> None:

@@ -25,6 +25,7 @@ from cortex.neuron.models.registry import CausalModel
 from cortex.neuron.models.shape import Kind, ModelShape
 from cortex.neuron.nn.placement import Placement
 from cortex.neuron.nn.plan import NearSlots, StepPlan
+from cortex.neuron.nn.staging import STAGING
 from cortex.neuron.nn.step import Step, prepare
 from cortex.neuron.nn.transfer import to_device
 from cortex.neuron.weights.checkpoint import open_checkpoint
@@ -140,15 +141,7 @@ def load_runner(
 
     Raises LoadFailed; what `report` raises passes through.
     """
-    with open_checkpoint(path) as checkpoint:
-        shape = read_shape(checkpoint)
-        hindrance = indivisible(shape, placement.share.world)
-        if hindrance is not None:
-            raise LoadFailed(hindrance)
-        family = registry.family(shape.architecture)
-        model = family.build(shape, placement)
-        sources = family.sources(shape, checkpoint.kind, placement.share)
-        load(model, sources, checkpoint, report, threads=threads)
+    model, shape = _load_model(path, placement, report, threads)
     weight_bytes = sum(getattr(module, "nbytes", 0) for module in model.modules())
     causal = cast(CausalModel, model)
     device, share = placement.device, placement.share
@@ -181,3 +174,21 @@ def load_runner(
         device=device,
     )
     return Runner(causal, shape, cache, placement, weight_bytes, graphs)
+
+
+def _load_model(
+    path: Path, placement: Placement, report: Report, threads: int
+) -> tuple[torch.nn.Module, ModelShape]:
+    with open_checkpoint(path) as checkpoint:
+        shape = read_shape(checkpoint)
+        hindrance = indivisible(shape, placement.share.world)
+        if hindrance is not None:
+            raise LoadFailed(hindrance)
+        family = registry.family(shape.architecture)
+        model = family.build(shape, placement)
+        sources = family.sources(shape, checkpoint.kind, placement.share)
+        try:
+            load(model, sources, checkpoint, report, threads=threads)
+        finally:
+            STAGING.release()
+    return model, shape

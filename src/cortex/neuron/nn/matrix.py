@@ -22,6 +22,7 @@ from cortex.neuron.nn import blocked
 from cortex.neuron.nn.blocked import TILE
 from cortex.neuron.nn.filling import Rows
 from cortex.neuron.nn.packing import INT8_OUTPUTS, fbgemm_bytes, onednn_bytes, packed_bytes, round_up
+from cortex.neuron.nn.staging import STAGING
 
 # Tensors, as a number would be made into one at every call.
 _MIDDLE: Final = torch.tensor(128.0 * 256 + 128 + 0.5)
@@ -52,12 +53,16 @@ class HalfMatrix:
     """Weights rounded to fp16, everything else fp32: FBGEMM's `linear_dynamic_fp16`."""
 
     def __init__(self, rows: Rows, bias: Tensor | None) -> None:
-        weight = rows[:].contiguous()  # else FBGEMM bounds the weights of a copy, and packs from another
-        self.nbytes = packed_bytes(*reversed(weight.shape))
-        sums = weight.sum(1)
-        if not sums.isfinite().all():  # FBGEMM would clamp such weights, and hide that they are damaged
-            bias = (torch.zeros_like(sums) if bias is None else bias) + sums * 0
-        self._packed: Any = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+        outputs, inputs = rows.shape
+        self.nbytes = packed_bytes(inputs, outputs)
+        step = max(1, RUN // inputs)
+        with STAGING.take(outputs, inputs) as weight:  # of its own, as FBGEMM bounds weights in place
+            for at in range(0, outputs, step):
+                weight[at : at + step] = rows[at : at + step]
+            sums = weight.sum(1)
+            if not sums.isfinite().all():  # FBGEMM would clamp such weights, and hide that they are damaged
+                bias = (torch.zeros_like(sums) if bias is None else bias) + sums * 0
+            self._packed: Any = torch.ops.quantized.linear_prepack_fp16(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         product: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x, self._packed)

@@ -42,10 +42,15 @@ def _half(blocks: Tensor, at: int) -> Tensor:
     return blocks[:, at : at + 2].contiguous().view(torch.float16).to(torch.float32)
 
 
+_ONES: Final = 0x0101010101010101
+"""A one in each of eight bytes, which are worked on as one int64: a run of a block's bytes is too short to be
+worked on fast byte by byte. What a shift brings over from the neighbour is masked out."""
+
+
 def _nibbles(packed: Tensor, group: int) -> Tensor:
     """Low then high halves of each run of `group` bytes: uint8 [blocks, runs, 2, group]."""
-    runs = packed.reshape(packed.shape[0], -1, group)
-    return torch.stack((runs & 0x0F, runs >> 4), dim=2)
+    runs = packed.contiguous().view(torch.int64).view(packed.shape[0], -1, group // 8)
+    return torch.stack((runs & 15 * _ONES, (runs >> 4) & 15 * _ONES), dim=2).view(torch.uint8)
 
 
 def _crumbs(packed: Tensor, group: int) -> Tensor:
@@ -54,10 +59,19 @@ def _crumbs(packed: Tensor, group: int) -> Tensor:
     return torch.stack((runs & 3, (runs >> 2) & 3, (runs >> 4) & 3, runs >> 6), dim=2)
 
 
+_SHIFTS: Final = torch.arange(8).view(8, 1)
+
+
 def _bits(packed: Tensor) -> Tensor:
-    """The eight bits of each byte, lowest first: uint8 [blocks, bytes, 8]."""
-    shifts = torch.arange(8, dtype=torch.uint8)
-    return (packed.unsqueeze(-1) >> shifts) & 1
+    """The lowest bits of all bytes, then the next ones: uint8 [blocks, 8, bytes]."""
+    eights = packed.contiguous().view(torch.int64).unsqueeze(1)
+    return ((eights >> _SHIFTS) & _ONES).view(torch.uint8)
+
+
+_FIFTHS: Final = (
+    (torch.arange(256).view(-1, 1) >> torch.arange(8) & 1).mul(16).to(torch.uint8).view(torch.int64)
+)
+"""For each value of a byte eight bytes: 16 where a bit is set, the lowest one first."""
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
@@ -72,8 +86,8 @@ def _q4_1(blocks: Tensor) -> Tensor:
 
 def _five_bits(low: Tensor, high: Tensor) -> Tensor:
     """Five-bit numbers of 32-element blocks from 16 bytes of nibbles and 4 bytes of fifth bits."""
-    fifth = _bits(high).reshape(-1, 32) << 4
-    return (_nibbles(low, 16).reshape(-1, 32) | fifth).to(torch.float32)
+    fifths = _FIFTHS.view(-1).index_select(0, high.reshape(-1).to(torch.int32))
+    return (_nibbles(low, 16).view(-1, 32) | fifths.view(torch.uint8).view(-1, 32)).to(torch.float32)
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
@@ -103,7 +117,7 @@ def _q3_k(blocks: Tensor) -> Tensor:
     high = _crumbs(packed[:, 8:], 4).reshape(-1, 16)
     scale = (low | (high << 4)).to(torch.float32).sub_(32).mul_(_half(blocks, 108)).unsqueeze(-1)
     # A set mask bit means "no offset"; bit b of the 32 mask bytes belongs to the b-th run of 32 numbers.
-    offset = _bits(blocks[:, 0:32]).transpose(1, 2).reshape(-1, 16, 16).to(torch.float32).sub_(1).mul_(4)
+    offset = _bits(blocks[:, 0:32]).view(-1, 16, 16).to(torch.float32).sub_(1).mul_(4)
     q = _crumbs(blocks[:, 32:96], 32).reshape(-1, 16, 16).to(torch.float32)
     return q.add_(offset).mul_(scale)
 
@@ -128,7 +142,7 @@ def _q4_k(blocks: Tensor) -> Tensor:
 
 def _q5_k(blocks: Tensor) -> Tensor:
     scale, minimum = _scales_and_minima(blocks)
-    fifth = _bits(blocks[:, 16:48]).transpose(1, 2) << 4
+    fifth = _bits(blocks[:, 16:48]) << 4
     q = (_nibbles(blocks[:, 48:176], 32).reshape(-1, 8, 32) | fifth).to(torch.float32)
     return q.mul_(scale).sub_(minimum)
 
