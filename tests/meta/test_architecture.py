@@ -30,6 +30,7 @@ TORCH_ROOMS = (
     "cortex.neuron.engine.paged",
     "cortex.neuron.engine.ranks",
     "cortex.neuron.engine.runner",
+    "cortex.neuron.engine.race",
     "cortex.neuron.engine.sampler",
     "cortex.neuron.engine.states",
     "cortex.neuron.engine.threads",

@@ -357,7 +357,7 @@ def test_too_few_or_too_many_tokens_for_the_rows_are_an_error() -> None:
 def test_each_token_has_its_own_number_however_many_were_drafted() -> None:
     """Numbers for tokens that were not accepted are those of the next ones."""
 
-    def drawn(accept: int) -> list[float]:
+    def drawn(accept: int) -> list[int]:
         sequence = Sequence(order(1, AGAIN, temperature=1.0, seed=7), 0.0)
         found: list[float] = []
         while len(found) < 8:

@@ -397,7 +397,7 @@ def test_a_gpu_chooses_without_the_host_reading_anything(settings: dict[str, Any
     device = torch.device("cuda", 0)
     tally = Tally([])
     rows = [
-        Row(Sampling(max_tokens=1, stop_ids=(STOP,), **each), 0.5, tally.ids, tally.counts, withhold=True)
+        Row(Sampling(max_tokens=1, stop_ids=(STOP,), **each), 2**63, tally.ids, tally.counts, withhold=True)
         for each in (settings, {"temperature": 0.0}, settings)
     ]
     with FakeTensorMode():

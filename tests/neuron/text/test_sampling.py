@@ -106,6 +106,13 @@ def test_the_ends_of_a_range_belong_to_it(name: str, value: float) -> None:
     assert getattr(read(**{name: value}), name) == value
 
 
+@pytest.mark.parametrize("cold", [1e-6, 1e-39, 1e-320])
+def test_a_temperature_too_small_to_divide_by_is_0(cold: float) -> None:
+    assert read(temperature=cold).temperature == 0
+    assert read(SamplingDefaults(temperature=cold)).temperature == 0
+    assert read(temperature=1e-5).temperature == 1e-5
+
+
 @pytest.mark.parametrize("off", [0, -1])
 def test_top_k_can_be_off(off: int) -> None:
     assert read(SamplingDefaults(top_k=40), top_k=off).top_k == 0
@@ -162,7 +169,7 @@ def test_logit_bias_names_tokens_by_their_decimal_ids() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["", "a", "-1", "1.0", "+1", " 1", "1\n", "\u0665", "258", "99999999999", "9" * 9999]
+    "key", ["", "a", "-1", "1.0", "+1", " 1", "1\n", "\u0665", "258", "4294967296", "99999999999", "9" * 9999]
 )
 def test_a_bias_of_what_is_no_token_is_refused(key: str) -> None:
     with pytest.raises(BadRequest, match="no token id") as refusal:
@@ -242,8 +249,8 @@ def test_stop_is_one_string_or_several(stop: Any, read: tuple[str, ...]) -> None
     assert stop_strings(request(stop=stop)) == read
 
 
-@pytest.mark.parametrize("stop", ["", ["a", ""], ["x"] * 17])
-def test_empty_and_too_many_stop_strings_are_refused(stop: Any) -> None:
+@pytest.mark.parametrize("stop", ["", ["a", ""], ["x"] * 17, "y" * 1001, ["a", "y" * 1001]])
+def test_stop_strings_that_are_empty_too_many_or_too_long_are_refused(stop: Any) -> None:
     with pytest.raises(BadRequest) as refusal:
         stop_strings(request(stop=stop))
     assert refusal.value.param == "stop"

@@ -219,7 +219,7 @@ def _row(sequence: Sequence, ahead: int) -> Row:
     tally = sequence.tally or _NO_TALLY
     return Row(
         settings,
-        sequence.draw(ahead) if settings.temperature > 0 else 0.0,
+        sequence.draw(ahead) if settings.temperature > 0 else 0,
         tally.ids,
         tally.counts,
         withhold=sequence.generated + ahead < settings.min_tokens,

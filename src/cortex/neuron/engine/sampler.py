@@ -15,21 +15,24 @@ import torch
 from torch import Tensor
 
 from cortex.hookspecs import Sampling, TokenLogprobs
+from cortex.neuron.engine.race import keys, winner
 from cortex.neuron.nn.transfer import ToHost, to_device
 
 CANDIDATES: Final = (256, 4096)
 """How many of the likeliest tokens are looked at before a whole vocabulary is sorted."""
+LEAST_REPETITION: Final = 1e-20
+"""Logits divided by less might be no numbers any more, which would count as the model's damage."""
 _NONE: Final = -1
 
 
 class Row(NamedTuple):
-    """What a row of logits is to be sampled by. `draw` is a number in [0, 1); `ids` are the distinct tokens
-    of prompt and reply and `counts` how often the reply has them, both empty without penalties.
-    `withhold` keeps stop ids from being chosen.
+    """What a row of logits is to be sampled by. `chance` is a random number of 64 bits; `ids` are the
+    distinct tokens of prompt and reply and `counts` how often the reply has them, both empty without
+    penalties. `withhold` keeps stop ids from being chosen.
     """
 
     settings: Sampling
-    draw: float
+    chance: int
     ids: array[int]
     counts: array[float]
     withhold: bool = False
@@ -77,12 +80,12 @@ def choose(logits: Tensor, rows: Sequence[Row], *, waits: bool = True) -> Chosen
         # The maximum is subtracted first, so that no temperature is small enough to overflow.
         own = logits if everyone else logits.index_select(0, at)
         shifted = own.sub_((highest if everyone else highest.index_select(0, at)).unsqueeze(1)).div_(scale)
-        uniform = _column([rows[index].draw for index in indices], logits, torch.float64)
+        chances = keys([rows[index].chance for index in indices], device)
         probabilities = torch.softmax(shifted, dim=-1)
         if truncates:
-            drawn = _draw_truncated(probabilities, chosen, uniform, waits)
+            drawn = _draw_truncated(probabilities, chosen, chances, waits)
         else:
-            drawn = _draw_whole(probabilities, chosen, uniform)
+            drawn = _draw_whole(probabilities, chosen, chances)
         tokens.index_copy_(0, at, drawn)
     told.about(tokens)
     return Chosen(tokens, valid, told)
@@ -99,8 +102,8 @@ class _Told:
         if self._counts:
             self._at = to_device([*self._counts], logits.device)
             everyone = len(self._counts) == len(rows)
-            kept = logits.clone() if everyone else logits.index_select(0, self._at)
-            self._logprobs = torch.log_softmax(kept, dim=-1)
+            asked = logits if everyone else logits.index_select(0, self._at)
+            self._logprobs = torch.log_softmax(asked, dim=-1)
 
     def about(self, tokens: Tensor) -> None:
         """These were chosen: int64 [B]."""
@@ -158,7 +161,7 @@ def _penalise(flat: Tensor, vocab: int, rows: Sequence[tuple[int, Row]]) -> None
     ids = [torch.frombuffer(row.ids, dtype=torch.int64) + index * vocab for index, row in rows]
     places = torch.cat(ids).to(device)
     counts = torch.cat([torch.frombuffer(row.counts, dtype=torch.float32) for _, row in rows]).to(device)
-    repetition = each([row.settings.repetition_penalty for _, row in rows])
+    repetition = each([max(row.settings.repetition_penalty, LEAST_REPETITION) for _, row in rows])
     presence = each([row.settings.presence_penalty for _, row in rows])
     frequency = each([row.settings.frequency_penalty for _, row in rows])
     known = flat.index_select(0, places)
@@ -166,17 +169,18 @@ def _penalise(flat: Tensor, vocab: int, rows: Sequence[tuple[int, Row]]) -> None
     flat.index_copy_(0, places, known - presence * (counts > 0) - frequency * counts)
 
 
-def _draw_whole(probabilities: Tensor, settings: Sequence[Sampling], uniform: Tensor) -> Tensor:
+def _draw_whole(probabilities: Tensor, settings: Sequence[Sampling], chances: Tensor) -> Tensor:
     """Tokens of rows without top_k and top_p: nothing needs sorting."""
     if any(setting.min_p > 0 for setting in settings):
         least = _column([min(setting.min_p, 1.0) for setting in settings], probabilities)
         floor = least * probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities.where(probabilities >= floor, 0.0)
-    return _invert(probabilities, uniform)
+    ids = torch.arange(probabilities.shape[-1], dtype=torch.int32, device=probabilities.device)
+    return winner(probabilities, ids, chances)
 
 
 def _draw_truncated(
-    probabilities: Tensor, settings: Sequence[Sampling], uniform: Tensor, waits: bool
+    probabilities: Tensor, settings: Sequence[Sampling], chances: Tensor, waits: bool
 ) -> Tensor:
     """Tokens of rows with top_k or top_p: each from the fewest candidates that are provably enough. How many
     top_p needs has to be read; if nobody waits for that, everything is sorted.
@@ -197,9 +201,9 @@ def _draw_truncated(
         if ready:
             done = [rows[i] for i in ready]
             places, at = to_device(ready, device), to_device(done, device)
-            numbers = uniform.index_select(0, at)
             sorted_ones, ids = likeliest.index_select(0, places), ids.index_select(0, places)
-            rank = _draw_sorted(sorted_ones, [settings[row] for row in done], numbers)
+            kept = _kept_of_sorted(sorted_ones, [settings[row] for row in done])
+            rank = winner(kept, ids, chances.index_select(0, at))
             tokens.index_copy_(0, at, ids.gather(1, rank.unsqueeze(1)).squeeze(1))
             left = [row for row in left if row not in done]
     return tokens
@@ -210,8 +214,8 @@ def _enough(setting: Sampling, width: int, covered: float) -> bool:
     return setting.top_k <= width if setting.top_k > 0 else covered >= setting.top_p
 
 
-def _draw_sorted(probabilities: Tensor, settings: Sequence[Sampling], uniform: Tensor) -> Tensor:
-    """Ranks in rows that are sorted from likeliest down."""
+def _kept_of_sorted(probabilities: Tensor, settings: Sequence[Sampling]) -> Tensor:
+    """Rows that are sorted from likeliest down, with 0 for tokens that may not come."""
     width = probabilities.shape[-1]
     top_k = _column([setting.top_k if setting.top_k > 0 else width for setting in settings], probabilities)
     top_p = _column([setting.top_p for setting in settings], probabilities, torch.float64)
@@ -223,17 +227,7 @@ def _draw_sorted(probabilities: Tensor, settings: Sequence[Sampling], uniform: T
     share = share.where(_column([setting.top_k for setting in settings], share) > 0, 1.0)
     kept = kept.where(kept >= min_p * probabilities.narrow(1, 0, 1), 0.0)
     before = torch.cumsum(kept, dim=-1, dtype=torch.float64) - kept
-    kept = kept.where((before < top_p * share) | (ranks == 0), 0.0)
-    return _invert(kept, uniform)
-
-
-def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The index at which the running sum of `weights` [B, n] passes `uniform` [B, 1] of their total."""
-    sums = torch.cumsum(weights, dim=-1, dtype=torch.float64)
-    total = sums.narrow(1, -1, 1)
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    found = torch.searchsorted(sums, target, right=True).squeeze(1)
-    return found.clamp_(max=weights.shape[-1] - 1)
+    return kept.where((before < top_p * share) | (ranks == 0), 0.0)
 
 
 def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -81,7 +81,7 @@ class Sequence:
         """Tokens that the step computes after the newest one, in case they are what is sampled."""
         self.drafter = Drafter()
         self._chance = random.Random(order.sampling.seed)
-        self._drawn: list[float] = []
+        self._drawn: list[int] = []
         self._started: float | None = None
         self._first_token: float | None = None
         self._runs: list[Run] = []
@@ -142,12 +142,12 @@ class Sequence:
     def blocks_changed(self) -> None:
         self._runs = []
 
-    def draw(self, ahead: int) -> float:
-        """The number in [0, 1) for the token that is to come after `ahead` others: from the sequence's own
+    def draw(self, ahead: int) -> int:
+        """The number of 64 bits for the token that is to come after `ahead` others: from the sequence's own
         seed, whatever its batch mates do.
         """
         while len(self._drawn) <= ahead:
-            self._drawn.append(self._chance.random())
+            self._drawn.append(self._chance.getrandbits(64))
         return self._drawn[ahead]
 
     def start(self, now: float) -> None:

@@ -17,8 +17,12 @@ from cortex.wire.chat import ChatRequest
 from cortex.wire.errors import BadRequest
 
 MAX_STOPS: Final = 16
+MAX_STOP_CHARS: Final = 1000
+"""In each: whether the end of the text begins one is looked at with every token."""
 MAX_BIASES: Final = 1024
 MAX_REPETITION_PENALTY: Final = 10
+MIN_TEMPERATURE: Final = 1e-5
+"""Below, the likeliest token is chosen, as at 0: fp32 has no room for the quotients."""
 MAX_CHOICES: Final = 16
 """Each is a sequence of the engine, and all of a request's run at the same time."""
 UNSAID_RESERVE: Final = 512
@@ -57,12 +61,18 @@ def refuse_unsupported(request: ChatRequest) -> None:
 
 
 def stop_strings(request: ChatRequest) -> tuple[str, ...]:
-    """Raises BadRequest for an empty stop string or too many of them."""
+    """Raises BadRequest for stop strings that are empty or too long, or too many of them."""
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stops) > MAX_STOPS:
         raise BadRequest(f"stop has {len(stops)} strings; at most {MAX_STOPS} are possible.", param="stop")
     if "" in stops:
         raise BadRequest("stop holds an empty string, which would end every reply at once.", param="stop")
+    longest = max(map(len, stops), default=0)
+    if longest > MAX_STOP_CHARS:
+        raise BadRequest(
+            f"stop holds a string of {longest} characters; at most {MAX_STOP_CHARS} are possible.",
+            param="stop",
+        )
     return tuple(stops)
 
 
@@ -96,11 +106,12 @@ def sampling(request: ChatRequest, codec: Codec) -> Sampling:
         # The smallest nucleus is the likeliest token alone.
         top_k, top_p = 1, 1
     wanted = wanted_tokens(request)
+    temperature = float(_pick(request.temperature, defaults.temperature, 1))
     return Sampling(
         max_tokens=_MORE_THAN_ANY if wanted is None else min(wanted, _MORE_THAN_ANY),
         reserve=UNSAID_RESERVE if wanted is None else None,
         min_tokens=_least_tokens(request, wanted),
-        temperature=float(_pick(request.temperature, defaults.temperature, 1)),
+        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         top_k=min(max(0, top_k), _MORE_THAN_ANY),
         top_p=float(top_p),
         min_p=float(_pick(request.min_p, defaults.min_p, 0)),
@@ -165,7 +176,8 @@ def _biases(asked: Mapping[str, float], codec: Codec) -> dict[int, float]:
             f"logit_bias has {len(asked)} entries; at most {MAX_BIASES} are possible.", param="logit_bias"
         )
     for key, bias in asked.items():
-        if not _TOKEN_ID.fullmatch(key) or not codec.token_bytes(int(key)):
+        known = _TOKEN_ID.fullmatch(key) and int(key) <= _MORE_THAN_ANY and codec.token_bytes(int(key))
+        if not known:
             raise BadRequest(f"logit_bias names {key[:40]!r}, which is no token id.", param="logit_bias")
         if not -100 <= bias <= 100:
             raise BadRequest(
