@@ -393,8 +393,8 @@ async def test_the_engine_tells_who_waits_as_long_as_it_makes_steps() -> None:
         assert load() == (1, 2, 0.75), "the cache has no room for a second one"
         model.report_step(EngineStep(running=0, waiting=0, cache_total_tokens=4))
         assert load() == (2, 1, 0), "not started yet, or on its way out"
-        model.report_step(EngineStep(running=1, waiting=5))
-    assert load() == (0, 0, None), "no more than are there, whatever was said last"
+        model.report_step(EngineStep(running=1, waiting=5, cache_used_tokens=3, cache_total_tokens=4))
+    assert load() == (0, 0, 0), "no more than are there, whatever was said last"
     assert node.steps[0] == ("m", step)
     await node.residents.stop()
 

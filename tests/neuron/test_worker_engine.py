@@ -11,7 +11,7 @@ from cortex.neuron.engine.messages import Broken, Cancel, Generate, Order, Outpu
 from cortex.neuron.silence import TICKS
 from cortex.neuron.worker_engine import WorkerEngine
 from cortex.testing.clock import settle
-from cortex.wire.errors import Busy, Internal, Loading
+from cortex.wire.errors import BadRequest, Busy, Internal, Loading
 
 SAMPLING = Sampling(max_tokens=10)
 
@@ -269,6 +269,17 @@ async def test_a_sequence_that_waited_in_vain_is_busy_and_may_come_again(
     with pytest.raises(Busy, match="no room for this request: it waited 5 s") as refusal:
         await task
     assert refusal.value.retry_after == 10
+
+
+async def test_a_sequence_that_cannot_be_run_is_the_requests_fault(
+    engine: WorkerEngine, worker: FakeWorker
+) -> None:
+    task = asyncio.ensure_future(anext(engine.generate("r", [], SAMPLING)))
+    await settle()
+    worker.say(Output(key=1, ids=[], error="The prompt is empty.", code="invalid"))
+    with pytest.raises(BadRequest, match="The prompt is empty") as refusal:
+        await task
+    assert (refusal.value.status, refusal.value.param) == (400, "messages")
 
 
 async def test_what_was_cached_and_what_was_asked_about_tokens_survive_joining(

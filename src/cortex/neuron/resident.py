@@ -176,7 +176,7 @@ class Resident:
             queue_depth=waiting,
             max_in_flight=self.admission.max_running,
             max_queue_depth=self.admission.max_waiting,
-            cache_usage_ratio=_cache_usage(self.step),
+            cache_usage_ratio=self._cache_usage(),
         )
 
     def _waiting(self) -> int:
@@ -186,6 +186,14 @@ class Resident:
         if self.step is None or self.step.running == 0:
             return self.admission.waiting
         return min(self.step.waiting, self.admission.present)
+
+    def _cache_usage(self) -> float | None:
+        """None before the first step. Nobody who is gone holds anything, whatever the last step told."""
+        if self.step is None or self.step.cache_total_tokens <= 0:
+            return None
+        if not self.admission.present:
+            return 0.0
+        return self.step.cache_used_tokens / self.step.cache_total_tokens
 
     def failure(self, *, now: float) -> FailedModel | None:
         """Why the model failed and when a request may load it again; None if it has not failed."""
@@ -227,9 +235,3 @@ class Resident:
             return Servable()
         detail = self.error.message if self.error else None
         return Servable(ok=False, reason=self._status, detail=detail)
-
-
-def _cache_usage(step: EngineStep | None) -> float | None:
-    if step is None or step.cache_total_tokens <= 0:
-        return None
-    return step.cache_used_tokens / step.cache_total_tokens

@@ -22,7 +22,7 @@ from cortex.neuron.engine.messages import (
     Threads,
 )
 from cortex.neuron.silence import Sleep, silence
-from cortex.wire.errors import Busy, CortexError, Internal, Loading
+from cortex.wire.errors import BadRequest, Busy, CortexError, Internal, Loading
 
 _GRACE_S: Final = 1.0
 """For a worker that has closed its socket, to end by itself and tell by its exit code why."""
@@ -90,8 +90,8 @@ class WorkerEngine:
     ) -> AsyncGenerator[TokenBatch, None]:
         """Yields what each step gave; steps that nobody has taken yet come joined.
 
-        Raises Internal if the sequence or a step fails, Busy if it has waited too long to start, Loading with
-        the code `engine_ended` if the engine dies.
+        Raises BadRequest if the engine cannot run the sequence, Internal if it or a step fails, Busy if it
+        has waited too long to start, Loading with the code `engine_ended` if the engine dies.
         """
         key = next(self._keys)
         queue: asyncio.Queue[Output | None] = asyncio.Queue()
@@ -236,4 +236,6 @@ def _joined(outputs: Sequence[Output | None]) -> TokenBatch | None:
 def _failure(output: Output) -> CortexError:
     if output.code == "busy":
         return Busy(f"The model has no room for this request: {output.error}.", retry_after=_BUSY_RETRY_S)
+    if output.code == "invalid":
+        return BadRequest(output.error or "", param="messages")
     return Internal(f"The engine failed on this request: {output.error}")

@@ -296,3 +296,18 @@ def test_a_beginning_that_comes_through_is_known_to_others(made: Scheduler) -> N
     scheduled = until(made, lambda each: each.plan.layers)
     assert scheduled.plan.chunk is not None
     assert 0 < known == scheduled.plan.chunk.segments[0].start
+
+
+def test_after_one_slow_pass_with_a_prompt_others_go_along_again(made: Scheduler) -> None:
+    shared = 0
+    for key in range(2, 12):
+        ask(made, key, 8, max_tokens=2)
+        slow = until(made, lambda scheduled: scheduled.prefill)
+        made.took(slow, 50 * seconds(slow))
+    for key in range(12, 100):
+        ask(made, key, 8, max_tokens=2)
+        first = until(made, lambda scheduled: scheduled.prefill)
+        shared += first.decoding > 0
+        while made.running > 1 or made.waiting:
+            step(made)
+    assert shared > 40

@@ -200,7 +200,7 @@ def test_a_full_block_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_random_traffic_with_steps_ahead_loses_nothing_and_nobody() -> None:
     """Who comes, ends, is cancelled or given way, in whatever phase; and steps that break."""
     chance = random.Random(1)
-    scheduler = made(blocks=26, max_running=4)
+    scheduler = made(blocks=22, max_running=4)
     open_, ended, ahead, broken = set[int](), list[int](), 0, 0
     key, flight = 0, None
     while key < 400 or not scheduler.idle or flight is not None:

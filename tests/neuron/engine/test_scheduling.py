@@ -178,7 +178,7 @@ def test_what_cannot_be_run_is_refused_with_the_reason(bad: Generate, words: str
     assert refused is not None
     assert refused.error is not None
     assert words in refused.error
-    assert refused.code is None, "it is not a matter of waiting"
+    assert refused.code == "invalid"
     assert made.idle
 
 
@@ -256,6 +256,67 @@ def test_whoever_has_started_does_not_expire_even_if_it_had_to_give_way() -> Non
     clock.now = 100.0
     assert made.waiting == 1
     assert made.expired() == []
+
+
+def test_whoever_is_held_back_by_the_engine_does_not_expire_for_that() -> None:
+    clock = Clock()
+    made = scheduler(clock, context=64, prefill_chunk=4, max_wait_s=5.0)
+    prompt = list(range(20, 60))
+    made.add(order(1, ids=prompt))
+    step(made)
+    made.add(order(2, ids=[*prompt, 61]))
+    step(made)
+    clock.now = 100.0
+    assert made.waiting == 1
+    assert made.expired() == []
+    while made.waiting:
+        assert made.expired() == [], "its own wait begins when what it waits for is there"
+        step(made)
+
+
+def test_a_short_prompt_waits_for_no_long_one_that_is_not_under_way() -> None:
+    made = scheduler(context=128, prefill_chunk=32, blocks=96)
+    head = list(range(20, 30))
+    made.add(order(1, ids=[5] * 90))
+    step(made)
+    made.add(order(2, ids=[*head, *[6] * 60]))
+    step(made)
+    made.add(order(3, ids=[*head, 7]))
+    step(made)
+    assert [sequence.key for sequence in made._running] == [1, 2], "it begins like one that is long itself"
+    made.add(order(4, ids=[*head[:5], 8, 8]))
+    made.schedule()
+    assert [sequence.key for sequence in made._running] == [1, 2, 4]
+
+
+def test_who_is_held_back_is_not_looked_up_again_until_what_it_awaits_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = scheduler(context=64, prefill_chunk=4)
+    prompt = list(range(20, 60))
+    made.add(order(1, ids=prompt))
+    step(made)
+    made.add(order(2, ids=[*prompt[:30], 61]))
+    looked_up: list[int] = []
+    match = made.pool.match
+    monkeypatch.setattr(made.pool, "match", lambda tokens: looked_up.append(len(tokens)) or match(tokens))
+    steps = 0
+    while made.waiting:
+        step(made)
+        steps += 1
+    assert len(looked_up) < steps + 2
+
+
+def test_a_prompt_that_was_admitted_twice_before_its_first_token_is_queried_once() -> None:
+    made = scheduler(context=64, prefill_chunk=4)
+    made.add(order(1, ids=list(range(20, 32)), max_tokens=1))
+    scheduled = planned(made)
+    made.add(order(2, ids=list(range(40, 52)), max_tokens=1))
+    made._admit()
+    made.fail(scheduled, "it broke")
+    while made.running or made.waiting:
+        step(made)
+    assert made.take_counts().queried == 12
 
 
 # --- what fails ---
@@ -377,7 +438,7 @@ def test_only_those_are_held_back_whose_beginning_is_being_computed() -> None:
     assert [sequence.key for sequence in made._running] == [1, 3]
     for _ in range(2):
         step(made)
-    assert made._waiting == type(made._waiting)(), "what it shares in whole blocks is known after two chunks"
+    assert not made._waiting, "what it shares in whole blocks is known after two chunks"
 
 
 def test_without_a_cache_nobody_is_held_back_and_nothing_is_counted_as_known() -> None:

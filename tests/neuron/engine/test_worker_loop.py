@@ -306,9 +306,9 @@ def test_each_step_tells_what_it_did(wide: Bench) -> None:
     wide.send(generate(1, length=6), generate(2, length=6), generate(3))
     first, second, third = [(wide.run_step(), wide.done())[1] for _ in range(3)]
     assert (first.prefill_tokens, first.decode_tokens, first.running, first.waiting) == (4, 0, 2, 1)
-    assert (first.prefix_queried_tokens, first.prefix_hit_tokens) == (12, 0)
+    assert first.prefix_queried_tokens == 0, "what was known of a prompt is told with its first token"
     assert (first.cache_used_tokens, first.cache_total_tokens) == (2 * 56, 256)
-    assert (second.prefill_tokens, second.prefix_queried_tokens) == (4, 0)
+    assert (second.prefill_tokens, second.prefix_queried_tokens) == (4, 6)
     assert (third.prefill_tokens, third.decode_tokens) == (0, 1), "what decode takes is to be known first"
 
 

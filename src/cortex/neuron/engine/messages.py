@@ -110,7 +110,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, arra
     error: str | None = None
     """The sequence failed; the engine goes on."""
     code: str | None = None
-    """Of an error: `busy` if it never started, else none."""
+    """Of an error: `busy` if it never started, `invalid` if it cannot be run at all, else none."""
     cached_tokens: int | None = None
     """On the first output."""
     logprobs: list[TokenLogprobs] | None = None

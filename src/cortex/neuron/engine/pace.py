@@ -23,6 +23,9 @@ JUMP_OF_DECODE: Final = 1.25
 that somebody else disturbed make it no longer."""
 FIRST: Final = 128
 """Tokens of a chunk of a long prompt, as long as nothing is known of what they cost."""
+DOUBT: Final = 0.95
+"""What is believed of prompts beside others becomes so much less with each one that is kept from it: it was
+learned from few steps, and if those were slow, nothing else would ever put it right."""
 FEW: Final = 3.0
 """Attention of a few tokens to their context takes each of them so many times what it takes one of many."""
 ROUND: Final = 32
@@ -93,6 +96,12 @@ class Pace:
             return work * self._beside
         return None if self._apart is None else work * self._apart * self.layers
 
+    def doubt(self, piece: int) -> None:
+        """A prompt of so many tokens alone is believed to be too dear for the pass of those who decode."""
+        seconds = self.beside(1.0)
+        if piece <= ROUND and seconds is not None:
+            self._beside = DOUBT * seconds
+
     def chunk(self, seconds: float, piece: int, context: int) -> int:
         """Tokens of the next chunk of a long prompt, of which `piece` may be computed at once after `context`
         tokens, where prefill gets so many seconds in a step: as many as pass SLICES layers in that time, more
@@ -123,7 +132,7 @@ class Pace:
             if alone:
                 _decoded(self._alone, decoding, seconds)
         elif decoding in self._decode:
-            self._beside = _moved(self._beside, seconds - self._decode[decoding], beside)
+            self._beside = _moved(self.beside(1.0), seconds - self._decode[decoding], beside)
 
     def draft_price(self, decoding: int) -> float:
         """Of each drafted token in a pass of so many that decode: how many tokens these could have had in the

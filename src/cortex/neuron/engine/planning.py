@@ -131,6 +131,10 @@ class Planner:
         plan = StepPlan(making.ids, making.segments, making.wanted, follows=making.follows)
         return Scheduled(plan, making.sequences, making.ends, making.sampled, len(making.ids), 0, 0.0)
 
+    def is_short(self, tokens: int) -> bool:
+        """Whether a prompt with so many to compute goes before longer ones."""
+        return tokens <= self._pace.most // SHORT
+
     def longest_draft(self, running: list[Sequence]) -> int:
         """Tokens that those who run may compute along with the newest one of each: 0 where somebody's prompt
         is computed, or what they take without drafts is not known, for those who join them.
@@ -196,7 +200,7 @@ class Planner:
     def _fill(self, making: _Pass, prompts: list[Sequence]) -> None:
         """Nobody decodes: prompts get all that a step takes, short ones first."""
         most = self._pace.most
-        for sequence in sorted(prompts, key=lambda prompt: prompt.piece > most // SHORT):
+        for sequence in sorted(prompts, key=lambda prompt: not self.is_short(prompt.piece)):
             length = min(sequence.piece, most - len(making.ids))
             if length:
                 making.add(sequence, length)
@@ -213,6 +217,8 @@ class Planner:
                 left -= cost
                 making.add(sequence, sequence.piece)
             elif self._way is None:
+                if len(making.segments) == decoding:
+                    self._pace.doubt(sequence.piece)
                 length = self._pace.chunk(seconds, sequence.piece, sequence.cached)
                 self._way = _Way(sequence, length, self._pace.work(length, sequence.cached))
                 left = min(left, HALF * seconds)

@@ -8,13 +8,13 @@ line, from where it is computed anew, its known blocks excepted.
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 from cortex.neuron.engine.blocks import BlockPool, Match, breaks
 from cortex.neuron.engine.checkpoints import StateBooks
 from cortex.neuron.engine.counts import Counts
+from cortex.neuron.engine.line import Awaited, Line
 from cortex.neuron.engine.messages import Generate, Output
 from cortex.neuron.engine.pace import Pace
 from cortex.neuron.engine.planning import Planner, Scheduled
@@ -68,7 +68,7 @@ class Scheduler:
         self._max_running = max_running
         self._max_wait = max_wait_s
         self._drafting = drafting
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = Line(clock, max_wait_s)
         self._running: list[Sequence] = []
         self._copies: list[Copy] = []
 
@@ -94,13 +94,13 @@ class Scheduler:
         """Queue a sequence; an output if it cannot be run, which says why."""
         reason = fault(order, self._context, self._vocab)
         if reason:
-            return Output(key=order.key, ids=[], error=reason)
-        self._waiting.append(Sequence(order, self._clock()))
+            return Output(key=order.key, ids=[], error=reason, code="invalid")
+        self._waiting.add(Sequence(order, self._clock()))
         return None
 
     def cancel(self, key: int) -> None:
         """Forget a sequence in whatever phase; it is in no later plan. Unknown keys are ignored."""
-        self._waiting = deque(sequence for sequence in self._waiting if sequence.key != key)
+        self._waiting.drop(key)
         for sequence in self._running:
             if sequence.key == key:
                 self._release(sequence)
@@ -108,13 +108,8 @@ class Scheduler:
 
     def expired(self) -> list[Output]:
         """Ends the sequences that have waited too long to start."""
-        if self._max_wait is None or not self._waiting:
-            return []
-        oldest = self._clock() - self._max_wait
-        late = [s for s in self._waiting if s.arrived < oldest and not s.has_started]
-        if late:
-            self._waiting = deque(s for s in self._waiting if s not in late)
-        message = f"it waited {self._max_wait:g} s and could not start"
+        late = self._waiting.take_late()
+        message = f"it waited {self._max_wait or 0:g} s and could not start"
         return [Output(key=s.key, ids=[], error=message, code="busy") for s in late]
 
     # --- a step ---
@@ -194,10 +189,9 @@ class Scheduler:
 
     def fail_all(self, message: str) -> list[Output]:
         """Nothing can be computed any more: every sequence, waiting ones included, ends."""
-        ended = [*self._running, *self._waiting]
+        ended = [*self._running, *self._waiting.clear()]
         for sequence in list(self._running):
             self._release(sequence)
-        self._waiting.clear()
         return [Output(key=sequence.key, ids=[], error=message) for sequence in ended]
 
     # --- who runs ---
@@ -206,33 +200,40 @@ class Scheduler:
         """Start those in line for whom there is room, in order. One whose prompt begins with what another
         one is computing right now lets others pass: soon that will be in the cache.
         """
-        held_back: list[Sequence] = []
-        while self._waiting and len(self._running) < self._max_running:
-            sequence = self._waiting.popleft()
-            match = self.states.usable(self.pool.match(sequence.tokens))
-            if self._is_coming(sequence, match):
-                held_back.append(sequence)
-            elif not self._begin(sequence, match):
-                self._waiting.appendleft(sequence)
+        while len(self._running) < self._max_running:
+            sequence = self._waiting.next()
+            if sequence is None:
                 break
-        self._waiting.extendleft(reversed(held_back))
+            match = self.states.usable(self.pool.match(sequence.tokens))
+            awaited = self._awaited(sequence, match)
+            if awaited is not None:
+                self._waiting.hold(sequence, awaited)
+            elif self._begin(sequence, match):
+                self._waiting.starts(sequence)
+            else:
+                break
 
-    def _is_coming(self, sequence: Sequence, match: Match) -> bool:
-        """A running prefill is about to add at least a block to what the cache knows of the prompt."""
+    def _awaited(self, sequence: Sequence, match: Match) -> Awaited | None:
+        """What a running prefill is about to add to what the cache knows of the prompt, a block at least. A
+        short prompt waits for no long one that is not even under way.
+        """
         if not self.pool.caching:
-            return False
+            return None
         size = self.pool.size
         known = match.tokens(size)
-        for other in self._running:
-            if other.missing > 1:
-                # The end of the block that the other one computes now, and of one that is news to us.
-                end = max(known + size, (other.cached // size + 1) * size)
-                if self.states.active:  # which is of use only where a state is kept too
-                    end = next((mark for mark in other.marks if mark > known), self._context)
-                shorter = min(len(other.tokens), len(sequence.tokens))
-                if end < shorter and other.tokens[:end] == sequence.tokens[:end]:
-                    return True
-        return False
+        is_short = self._planner.is_short(sequence.missing - known)
+        prompts = [other for other in self._running if other.missing > 1]
+        for other in prompts:
+            if is_short and other is not prompts[0] and not self._planner.is_short(other.missing):
+                continue
+            # The end of the block that the other one computes now, and of one that is news to us.
+            ends = range(max(known + size, (other.cached // size + 1) * size), self._context, size)
+            # Those are of use only where a state is kept too, if there are states.
+            news = [mark for mark in other.marks if mark > known] if self.states.active else ends
+            alike = sequence.begins_like(other, news[0]) if news else 0
+            if alike:
+                return Awaited(other, max(end for end in news if end <= alike))
+        return None
 
     def _begin(self, sequence: Sequence, match: Match) -> bool:
         """Hold what is known of the prompt, and take blocks for the rest. False if there is no room."""
@@ -269,8 +270,6 @@ class Scheduler:
             sequence.marks = self.states.marks(prompt, sequence.sampling.stop_ids, sequence.cached)
         if not sequence.has_started:
             sequence.hit = sequence.cached
-            self.counts.queried += sequence.prompt_length
-            self.counts.hit += sequence.cached
         self._running.append(sequence)
         return True
 
@@ -340,8 +339,8 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.counts.preempted += 1
         self._release(sequence)
-        sequence.cached = sequence.known = sequence.promised = 0
-        self._waiting.appendleft(sequence)
+        sequence.cached = sequence.known = 0
+        self._waiting.put_first(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Give its blocks back; what it has computed of a block's beginning stays known too."""
@@ -380,6 +379,9 @@ class Scheduler:
 
     def _accept(self, sequence: Sequence, rows: list[Sampled], price: float, now: float) -> Output:
         drafted, hit, sequence.hit = len(sequence.draft), sequence.hit, None
+        if hit is not None:
+            self.counts.queried += sequence.prompt_length
+            self.counts.hit += hit
         said = sequence.take(rows, self._context, now)
         if drafted:
             sequence.drafter.judge(drafted, said.accepted, price, len(sequence.tokens))

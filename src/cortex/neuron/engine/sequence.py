@@ -114,6 +114,14 @@ class Sequence:
     def has_started(self) -> bool:
         return self._started is not None
 
+    def begins_like(self, other: Sequence, least: int) -> int:
+        """How many tokens both begin with, at most all but the last of either; 0 if fewer than `least`."""
+        most = min(len(self.tokens), len(other.tokens)) - 1
+        if least > most or self.tokens[:least] != other.tokens[:least]:
+            return 0
+        pairs = zip(self.tokens[least:most], other.tokens[least:most], strict=True)
+        return next((at for at, (mine, its) in enumerate(pairs, least) if mine != its), most)
+
     def is_full(self, context: int, ahead: int = 0) -> bool:
         """Whether it ends by its length once it has so many tokens more, in a context of so many."""
         full = len(self.tokens) + ahead >= context
