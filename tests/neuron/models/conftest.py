@@ -14,9 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cortex.neuron.engine.runner import load_runner
 from cortex.neuron.models import registry
+from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape, Rope
-from cortex.neuron.nn.placement import Dtype, Placement
+from cortex.neuron.nn.placement import Dtype, Placement, Share
 from cortex.neuron.nn.plan import Run, Segment, StepPlan, parts
+from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
+from cortex.neuron.weights.loader import load
+from cortex.wire.errors import LoadFailed
 
 CACHE = 400
 """Tokens."""
@@ -81,6 +85,46 @@ class Computing:
 @pytest.fixture(scope="session")
 def computing() -> type[Computing]:
     return Computing
+
+
+class Fits(Exception):
+    """All tensors have been checked, and none is read."""
+
+
+def unnoticed(path: Path, world: int) -> set[tuple[str, int]]:
+    """Tensors of a checkpoint, and axes along which they could have twice the size, without a refusal that
+    names them by one of so many ranks.
+    """
+
+    def fits(done: int, total: int) -> None:
+        raise Fits
+
+    with open_checkpoint(path) as checkpoint:
+        shape, kind, found = read_shape(checkpoint), checkpoint.kind, checkpoint.tensors
+        family = registry.family(shape.architecture)
+        shares = [Share(rank, world) for rank in range(world)]
+        models = [family.build(shape, Placement(torch.device("cpu"), "float32", share)) for share in shares]
+        sources = [family.sources(shape, kind, share) for share in shares]
+
+        def refused(tensor: str, axis: int) -> bool:
+            old = found[tensor].shape
+            grown = (*old[:axis], 2 * old[axis], *old[axis + 1 :])
+            tensors = {**found, tensor: msgspec.structs.replace(found[tensor], shape=grown)}
+            other = Checkpoint(kind, path, checkpoint.architecture, tensors)
+            said = ""
+            for model, of_rank in zip(models, sources, strict=True):
+                with pytest.raises((LoadFailed, Fits)) as ended:
+                    load(model, of_rank, other, fits)
+                said += str(ended.value)
+            return f"{tensor} " in said and str(list(grown)) in said and str(found[tensor].file) in said
+
+        axes = [(name, axis) for name, tensor in found.items() for axis in range(len(tensor.shape))]
+        return {at for at in axes if not refused(*at)}
+
+
+@pytest.fixture(scope="session")
+def unnoticed_sizes() -> Callable[[Path, int], set[tuple[str, int]]]:
+    return unnoticed
 
 
 # --- a CUDA device that is not there --------------------------------------------------------------

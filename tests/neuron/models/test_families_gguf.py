@@ -190,6 +190,19 @@ def test_a_gguf_file_of_the_same_model_computes_the_same(
     assert (found.log_softmax(-1) - tiny.logits(IDS).log_softmax(-1)).abs().max() <= most
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_no_tensor_of_a_gguf_file_may_be_larger_than_its_metadata_say(
+    case: str,
+    make_tiny: Callable[..., Any],
+    unnoticed_sizes: Callable[[Path, int], set[tuple[str, int]]],
+    tmp_path: Path,
+) -> None:
+    kind, options, _ = CASES[case]
+    write_gguf(make_tiny(kind, **options), tmp_path / "tiny.gguf", newer=kind == "qwen3_5_moe_text")
+    ranks = 1 if "linear_num_key_heads" in options else 2
+    assert unnoticed_sizes(tmp_path / "tiny.gguf", ranks) == set()
+
+
 def test_the_block_that_predicts_further_tokens_is_left_out(
     make_tiny: Callable[..., Any], computing: Any, tmp_path: Path
 ) -> None:

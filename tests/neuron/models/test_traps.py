@@ -15,6 +15,7 @@ from torch import Tensor
 from cortex.neuron.models.decoder import frequencies
 from cortex.neuron.models.shape import Rope
 from cortex.neuron.nn.rotary import rotations
+from cortex.wire.errors import LoadFailed
 
 pytestmark = pytest.mark.slow
 
@@ -176,6 +177,64 @@ def test_no_router_of_the_tiny_models_is_near_a_tie(kind: str, make_tiny: Callab
     for logits in routed:
         best = logits.softmax(-1).topk(3).values
         assert (best[:, 1] - best[:, 2]).min() > 2e-6
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"]
+KINDS += ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", [*KINDS, "fused"])
+def test_no_tensor_may_be_larger_than_the_configuration_says(
+    kind: str,
+    world: int,
+    make_tiny: Callable[..., Any],
+    unnoticed_sizes: Callable[[Path, int], set[tuple[str, int]]],
+    tmp_path: Path,
+) -> None:
+    """What is cut out of one would compute something, and nobody would be told."""
+    path = make_tiny("qwen3_moe" if kind == "fused" else kind).directory
+    if kind == "fused":
+        path = rewrite(path, tmp_path / "fused", fuse)
+    assert unnoticed_sizes(path, world) == set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "tensor"),
+    [
+        ("llama", {"vocab_size": 150}, "embed_tokens.weight"),
+        ("llama", {"intermediate_size": 64}, "mlp.gate_proj.weight"),
+        ("llama", {"num_key_value_heads": 1}, "self_attn.k_proj.weight"),
+        ("qwen3_5_text", {"linear_num_value_heads": 4}, "linear_attn.in_proj_qkv.weight"),
+    ],
+)
+def test_a_configuration_of_a_smaller_model_is_refused_as_transformers_refuses_it(
+    kind: str,
+    config: dict[str, int],
+    tensor: str,
+    make_tiny: Callable[..., Any],
+    computing: Any,
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = rewrite(make_tiny(kind).directory, tmp_path / "smaller", **config)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(path)
+    with pytest.raises(LoadFailed, match=rf"model\.safetensors: tensor .*{tensor} has the shape .* asks for"):
+        computing(path)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text"])
+def test_attention_of_hybrid_families_is_gated_whatever_a_flag_says(
+    kind: str, make_tiny: Callable[..., Any], computing: Any, tmp_path: Path
+) -> None:
+    """transformers knows no such flag."""
+    tiny = make_tiny(kind)
+    path = rewrite(tiny.directory, tmp_path / "flagged", attn_output_gate=False)
+    assert difference(computing(path), tiny.logits(IDS)) <= 1e-3
 
 
 # --- text parts of models that see ----------------------------------------------------------------

@@ -212,6 +212,8 @@ def test_modules_are_filled_in_file_order_whatever_the_tree(checkpoint: Checkpoi
             (Piece("upper", columns=(0, 32)), Piece("lower", columns=(0, 31))),
             r"asks for \[64, 32\]",
         ),
+        ((16, 64), (Piece("upper", 0, 16, of=16),), r"\[48, 64\], which is 48 rows; .* asks for 16"),
+        ((48, 8), (Piece("upper", columns=(0, 8), of=16),), r"which is 64 columns; .* asks for 16"),
         ((48,), whole("upper"), r"asks for \[48\], the file has upper \[48, 64\]"),
         ((48, 1), whole("vector"), r"tensor vector has the shape \[48\]"),
         ((4, 256), whole("odd"), "tensor odd is stored as I8"),

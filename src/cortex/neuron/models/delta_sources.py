@@ -69,26 +69,28 @@ def delta_sources(prefix: str, kind: str, shape: DeltaShape, share: Share) -> di
     names = _Names(*(prefix + name for name in (_GGUF if kind == "gguf" else _HUGGING_FACE)))
     change: Change = "" if kind == "gguf" else "minus_exp"
     part = _Part(shape, share)
-    heads = part.values(1)
+    heads, all_heads = part.values(1), shape.value_heads
     return {
         "projection.weight": part.joined_qkvz(names.qkvz)
         if shape.joined_qkvz
-        else (*part.channels(names.qkv), *_pieces(names.z, part.values(shape.value_width))),
+        else (*part.channels(names.qkv), *_pieces(names.z, part.values(shape.value_width), shape.values)),
         "gates.weight": part.joined_ba(names.ba)
         if shape.joined_ba
-        else (*_pieces(names.b, heads), *_pieces(names.alpha, heads)),
-        "gates.a": tuple(Piece(names.a, *rows, change=change) for rows in heads),
-        "gates.dt_bias": _pieces(names.dt_bias, heads),
+        else (*_pieces(names.b, heads, all_heads), *_pieces(names.alpha, heads, all_heads)),
+        "gates.a": tuple(Piece(names.a, *rows, change=change, of=all_heads) for rows in heads),
+        "gates.dt_bias": _pieces(names.dt_bias, heads, all_heads),
         "conv.weight": part.channels(names.conv),
         "norm.weight": whole(names.norm),
         "output.weight": tuple(
-            Piece(names.output, columns=columns) for columns in part.values(shape.value_width)
+            Piece(names.output, columns=columns, of=shape.values)
+            for columns in part.values(shape.value_width)
         ),
     }
 
 
-def _pieces(tensor: str, ranges: list[tuple[int, int]]) -> Source:
-    return tuple(Piece(tensor, start, stop) for start, stop in ranges)
+def _pieces(tensor: str, ranges: list[tuple[int, int]], rows: int) -> Source:
+    """Of a tensor that has so many rows in all."""
+    return tuple(Piece(tensor, start, stop, of=rows) for start, stop in ranges)
 
 
 class _Part:
@@ -114,7 +116,8 @@ class _Part:
         width = self._shape.key_width
         all_keys = self._shape.key_heads * width
         keys = [(start + self._first * width, start + self._last * width) for start in (0, all_keys)]
-        return _pieces(tensor, keys + self.values(self._shape.value_width, 2 * all_keys))
+        values = self.values(self._shape.value_width, 2 * all_keys)
+        return _pieces(tensor, keys + values, self._shape.channels)
 
     def joined_qkvz(self, tensor: str) -> Source:
         """Of [q, k, v, z] of each key head."""
@@ -128,9 +131,10 @@ class _Part:
     def _sorted(self, tensor: str, widths: tuple[int, ...]) -> Source:
         """From regions of these widths in each key head's rows: the first of all heads, the second of all."""
         block = sum(widths)
+        rows = self._shape.key_heads * block
         starts = [sum(widths[:at]) for at in range(len(widths))]
         return tuple(
-            Piece(tensor, head * block + start, head * block + start + width)
+            Piece(tensor, head * block + start, head * block + start + width, of=rows)
             for start, width in zip(starts, widths, strict=True)
             for head in range(self._first, self._last)
         )

@@ -97,7 +97,7 @@ def shape_from_config(checkpoint: Checkpoint) -> ModelShape:
         activation=_activation(fields),
         rotary_dim=_rotary_dim(fields, width, is_hybrid),
         qk_norm=family in _QK_NORM,
-        gated=is_hybrid and fields.flag("attn_output_gate", True),
+        gated=is_hybrid,
         post_norms=is_gemma,
         kinds=kinds,
         window=window if "sliding" in kinds else None,

@@ -42,11 +42,12 @@ class Layout:
         """Of what stands around the layers."""
         names = self.names
         table = names.embedding if self.shape.tied else names.head
-        own = self.share.spread(self.shape.vocab)
+        vocab = self.shape.vocab
+        own = self.share.spread(vocab)
         return {
-            "embedding.weight": (Piece(f"{names.embedding}.weight", *own),),
+            "embedding.weight": (Piece(f"{names.embedding}.weight", *own, of=vocab),),
             "norm.weight": self.norm(names.norm),
-            "head.rows.weight": (Piece(f"{table}.weight", *own),),
+            "head.rows.weight": (Piece(f"{table}.weight", *own, of=vocab),),
         }
 
     def norm(self, tensor: str) -> Source:
@@ -64,9 +65,10 @@ class Layout:
         shape, names = self.shape, self.names
         here, there = f"layers.{index}.attention.", self.layer(index)
         width = shape.head_dim
-        queries = self.share.of(shape.heads * width, width)
+        everything = shape.heads * width
+        queries = self.share.of(everything, width)
         found: Sources = {
-            f"{here}output.weight": (Piece(f"{there}{names.output}.weight", columns=queries),),
+            f"{here}output.weight": (Piece(f"{there}{names.output}.weight", columns=queries, of=everything),),
             f"{here}output.bias": (Piece(f"{there}{names.output}.bias"),),
         }
         for part in ("weight", "bias"):
@@ -74,39 +76,41 @@ class Layout:
             found[f"{here}qkv.{part}"] = self._queries_keys_values(q, k, v)
         if shape.qk_norm:
             found[f"{here}norm.weight"] = (
-                *self._rotated(f"{there}{names.query_norm}.weight", 0, self._change),
-                *self._rotated(f"{there}{names.key_norm}.weight", 0, self._change),
+                *self._rotated(f"{there}{names.query_norm}.weight", 0, width, self._change),
+                *self._rotated(f"{there}{names.key_norm}.weight", 0, width, self._change),
             )
         return found
 
     def _queries_keys_values(self, queries: str, keys: str, values: str) -> Source:
         """Heads of queries, keys and values, and the gates, which lie behind the queries head by head."""
         shape, width = self.shape, self.shape.head_dim
-        own = self.share.of(shape.heads * width, width)
-        own_keys = self.share.of(shape.kv_heads * width, width)
+        all_keys = shape.kv_heads * width
+        own, own_keys = self.share.of(shape.heads * width, width), self.share.of(all_keys, width)
+        own_values = Piece(values, *own_keys, of=all_keys)
         if not shape.gated and shape.rotary == width:
             pairs = 0 if self._paired else width
             return (
-                Piece(queries, *own, pairs=pairs),
-                Piece(keys, *own_keys, pairs=pairs),
-                Piece(values, *own_keys),
+                Piece(queries, *own, pairs=pairs, of=shape.heads * width),
+                Piece(keys, *own_keys, pairs=pairs, of=all_keys),
+                own_values,
             )
         step = 2 * width if shape.gated else width
+        rows = shape.heads * step
         heads = [step * head for head in range(own[0] // width, own[1] // width)]
-        gates = [Piece(queries, at + width, at + step) for at in heads if shape.gated]
+        gates = [Piece(queries, at + width, at + step, of=rows) for at in heads if shape.gated]
         return (
-            *(piece for at in heads for piece in self._rotated(queries, at)),
-            *(piece for at in range(*own_keys, width) for piece in self._rotated(keys, at)),
-            Piece(values, *own_keys),
+            *(piece for at in heads for piece in self._rotated(queries, at, rows)),
+            *(piece for at in range(*own_keys, width) for piece in self._rotated(keys, at, all_keys)),
+            own_values,
             *gates,
         )
 
-    def _rotated(self, tensor: str, at: int, change: Change = "") -> Source:
-        """The rows of one head from `at` on, those that are rotated first."""
+    def _rotated(self, tensor: str, at: int, rows: int, change: Change = "") -> Source:
+        """The rows of one head from `at` on, those that are rotated first; the tensor has so many `rows`."""
         width, rotary = self.shape.head_dim, self.shape.rotary
         pairs = 0 if self._paired else rotary
-        turned = Piece(tensor, at, at + rotary, pairs=pairs, change=change)
-        rest = Piece(tensor, at + rotary, at + width, change=change)
+        turned = Piece(tensor, at, at + rotary, pairs=pairs, change=change, of=rows)
+        rest = Piece(tensor, at + rotary, at + width, change=change, of=rows)
         return (turned,) if rotary == width else (turned, rest)
 
     def mlp(self, index: int) -> Sources:
@@ -120,15 +124,16 @@ class Layout:
     def gated(self, here: str, tensors: Sequence[str], size: int | None = None) -> Sources:
         """Of a `GatedMLP` of that intermediate size; `tensors` are those of gate, up and down."""
         gate, up, down = tensors
-        own = self.share.of(size or self.shape.intermediate)
+        size = size or self.shape.intermediate
+        own = self.share.of(size)
         found: Sources = {
-            f"{here}down.weight": (Piece(f"{down}.weight", columns=own),),
+            f"{here}down.weight": (Piece(f"{down}.weight", columns=own, of=size),),
             f"{here}down.bias": (Piece(f"{down}.bias"),),
         }
         for part in ("weight", "bias"):
             found[f"{here}gate_up.{part}"] = (
-                Piece(f"{gate}.{part}", *own),
-                Piece(f"{up}.{part}", *own),
+                Piece(f"{gate}.{part}", *own, of=size),
+                Piece(f"{up}.{part}", *own, of=size),
             )
         return found
 
@@ -159,12 +164,16 @@ def _of_expert(
     size = experts.intermediate
     if experts.stored == "each":
         gate, up, down = (f"{there}{name.format(expert)}" for name in names.each)
-        return (Piece(gate), Piece(up)), Piece(down)
-    stacks, rows = names.stacks, (expert * size, (expert + 1) * size)
-    down_rows = Piece(there + stacks.down, expert * hidden, (expert + 1) * hidden)
+        return (Piece(gate, of=size), Piece(up, of=size)), Piece(down)
+    stacks = names.stacks
+
+    def stacked(name: str, rows: int) -> Piece:
+        return Piece(there + name, expert * rows, (expert + 1) * rows, of=experts.count * rows)
+
+    down_rows = stacked(stacks.down, hidden)
     if experts.stored == "fused":
-        return (Piece(there + stacks.gate_up, 2 * rows[0], 2 * rows[1]),), down_rows
-    return (Piece(there + stacks.gate, *rows), Piece(there + stacks.up, *rows)), down_rows
+        return (stacked(stacks.gate_up, 2 * size),), down_rows
+    return (stacked(stacks.gate, size), stacked(stacks.up, size)), down_rows
 
 
 def attention_sources(layout: Layout) -> Sources:

@@ -196,6 +196,13 @@ def _check_piece(piece: Piece, checkpoint: Checkpoint, parameter: nn.Parameter) 
         raise LoadFailed(f"{where} is stored as {tensor.dtype}; {', '.join(READABLE)} can be read.")
     if len(tensor.shape) < parameter.dim() or (len(tensor.shape) == 1 and BLOCKS[tensor.dtype][0] != 1):
         raise LoadFailed(f"{where} has the shape {list(tensor.shape)} as {tensor.dtype}, which does not fit.")
+    has = tensor.rows if piece.columns is None else tensor.columns
+    if piece.of not in (None, has):
+        what = "rows" if piece.columns is None else "columns"
+        raise LoadFailed(
+            f"{where} has the shape {list(tensor.shape)}, which is {has} {what}; the configuration asks for "
+            f"{piece.of}."
+        )
     stop = tensor.rows if piece.stop is None else piece.stop
     if not 0 <= piece.start <= stop <= tensor.rows or (piece.pairs and (stop - piece.start) % piece.pairs):
         raise LoadFailed(f"{where} has {tensor.rows} rows; rows {piece.start} to {stop} are needed.")
@@ -206,13 +213,15 @@ def _check_piece(piece: Piece, checkpoint: Checkpoint, parameter: nn.Parameter) 
 
 def _check_shape(parameter: nn.Parameter, source: Source, tensors: list[TensorInfo]) -> None:
     rows = sum(row_count(piece, tensor) for piece, tensor in zip(source, tensors, strict=True))
-    columns = {
-        tensor.columns if piece.columns is None else piece.columns[1] - piece.columns[0]
-        for piece, tensor in zip(source, tensors, strict=True)
-    }
     wanted = parameter.shape[1] if parameter.dim() > 1 else 1
-    if rows != parameter.shape[0] or columns != {wanted}:
+    odd = [
+        tensor
+        for piece, tensor in zip(source, tensors, strict=True)
+        if wanted != (tensor.columns if piece.columns is None else piece.columns[1] - piece.columns[0])
+    ]
+    if rows != parameter.shape[0] or odd:
         shapes = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in tensors)
         raise LoadFailed(
-            f"{tensors[0].file}: the configuration asks for {list(parameter.shape)}, the file has {shapes}."
+            f"{(odd or tensors)[0].file}: the configuration asks for {list(parameter.shape)}, "
+            f"the file has {shapes}."
         )

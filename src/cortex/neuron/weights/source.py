@@ -20,6 +20,8 @@ class Piece(msgspec.Struct, frozen=True):
     `columns` are those that are taken of each row, (start, stop), all by default.
     `pairs` is 0, or the rows of one attention head whose rotary halves are stored one after the
     other: of each head, row i and row i + pairs/2 then become rows 2i and 2i + 1.
+    `of` is how many rows the tensor must have in all, or columns where `columns` takes some of them; None
+    says that whatever is there will do.
     A tensor of more than two dimensions has as rows all that its last dimension has not.
     """
 
@@ -29,6 +31,7 @@ class Piece(msgspec.Struct, frozen=True):
     pairs: int = 0
     columns: tuple[int, int] | None = None
     change: Change = ""
+    of: int | None = None
 
 
 Source = tuple[Piece, ...]
