@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from cortex.hookspecs import SamplingDefaults
 from cortex.neuron.text.codec import TextCodec, codec_from_directory, codec_from_gguf
+from cortex.neuron.text.vocabulary import TokenType
 from cortex.neuron.weights.gguf import read_header
 from cortex.wire.errors import BadRequest, LoadFailed
 
@@ -34,11 +35,26 @@ def test_every_declared_end_and_every_well_known_one_stops(gguf_metadata: Metada
     assert set(names(codec_from_gguf(metadata), metadata)) == {"<|im_end|>", "<|endoftext|>", "a"}
 
 
-def test_an_end_that_is_only_text_does_not_stop(gguf_metadata: Metadata) -> None:
+@pytest.mark.parametrize("kind", [TokenType.NORMAL, TokenType.USER_DEFINED])
+def test_an_end_that_a_gguf_file_has_for_text_is_a_control_token_all_the_same(
+    kind: TokenType, gguf_metadata: Metadata
+) -> None:
+    """As in llama.cpp: it stops, is matched whole, and is not shown."""
     metadata = gguf_metadata()
     end = metadata["tokenizer.ggml.tokens"].index("<|endoftext|>")
-    metadata["tokenizer.ggml.token_type"][end] = 1
-    assert names(codec_from_gguf(metadata), metadata) == ["<|im_end|>"]
+    metadata["tokenizer.ggml.token_type"][end] = int(kind)
+    codec = codec_from_gguf(metadata)
+    assert end in codec.stop_ids
+    assert codec.encode("<|endoftext|>") == [end]
+    assert codec.detokenizer().feed([end]) == ""
+
+
+def test_html_that_ends_texts_elsewhere_stays_text(gguf_metadata: Metadata) -> None:
+    metadata = gguf_metadata()
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    codec = codec_from_gguf(gguf_metadata(tokens=[*tokens, "</s>"], token_type=[*types, 1]))
+    assert len(tokens) not in codec.stop_ids
+    assert codec.detokenizer().feed([len(tokens)]) == "</s>"
 
 
 @pytest.mark.parametrize("role", ["bos", "eos", "eot", "padding"])
@@ -199,6 +215,16 @@ def test_a_directory_with_only_a_tokenizer_is_enough(directory: Callable[..., Pa
     assert set(codec.stop_ids) == {id_of("<|im_end|>", path), id_of("<|endoftext|>", path)}
     assert codec.encode("a<|im_end|>") == [id_of("a", path), id_of("<|im_end|>", path)]
     assert codec.defaults == SamplingDefaults()
+
+
+def test_an_end_that_is_only_text_does_not_stop(directory: Callable[..., Path]) -> None:
+    """A tokenizer.json says itself what is special; its model may write about any text."""
+    path = directory()
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    for token in tokenizer["added_tokens"]:
+        token["special"] = token["content"] != "<|endoftext|>"
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert codec_from_directory(path).stop_ids == (id_of("<|im_end|>", path),)
 
 
 def test_ends_come_from_every_file_that_names_some(directory: Callable[..., Path]) -> None:

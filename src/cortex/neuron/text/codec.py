@@ -17,27 +17,8 @@ from cortex.hookspecs import Detokenizer, SamplingDefaults
 from cortex.neuron.text.detokenize import IncrementalDetokenizer, TokenBytes
 from cortex.neuron.text.template import DEFAULT, ChatTemplate
 from cortex.neuron.text.tokenizer import adds_bos, special_tokens, tokenizer_from_file, tokenizer_from_gguf
-from cortex.neuron.text.vocabulary import vocabulary
+from cortex.neuron.text.vocabulary import END_TOKENS, vocabulary
 from cortex.wire.errors import BadRequest, LoadFailed
-
-END_TOKENS: Final = frozenset(
-    {
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|end|>",
-        "<|return|>",
-        "<|endofturn|>",
-        "<|END_OF_TURN_TOKEN|>",
-        "<end_of_turn>",
-        "<EOT>",
-        "<｜end▁of▁sentence｜>",
-        "</s>",
-    }
-)
-"""Texts that end a turn or a document in the vocabularies known to us."""
 
 _ROLES: Final = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """Template variable -> the name of its id in GGUF metadata."""

@@ -7,11 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer
 
 from cortex.wire.errors import LoadFailed
+
+END_TOKENS: Final = frozenset(
+    {
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|return|>",
+        "<|endofturn|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<end_of_turn>",
+        "<EOT>",
+        "<｜end▁of▁sentence｜>",
+        "</s>",
+    }
+)
+"""Texts that end a turn or a document in the vocabularies known to us."""
+_NEVER_TEXT: Final = END_TOKENS - {"</s>"}
+"""But for what is HTML, which Qwen's vocabularies have as an ordinary token."""
 
 
 class TokenType(IntEnum):
@@ -26,7 +47,11 @@ class TokenType(IntEnum):
 
 
 def vocabulary(metadata: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[int]]:
-    """Tokens and their types (a TokenType each), by id. Raises LoadFailed if they do not fit together."""
+    """Tokens and their types (a TokenType each), by id. Raises LoadFailed if they do not fit together.
+
+    An end that a file has for ordinary text is a control token, as in llama.cpp: converters make such files,
+    and their models would talk on behind their own end.
+    """
     tokens = strings(metadata, "tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type")
     if types is None:
@@ -37,7 +62,9 @@ def vocabulary(metadata: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[int
         )
     if len(types) != len(tokens):
         raise LoadFailed(f"The vocabulary has {len(tokens)} tokens but {len(types)} token types.")
-    return tokens, types
+    text = (TokenType.NORMAL, TokenType.USER_DEFINED)
+    ends = {id for id, token in enumerate(tokens) if token in _NEVER_TEXT and types[id] in text}
+    return tokens, [int(TokenType.CONTROL) if id in ends else type for id, type in enumerate(types)]
 
 
 def strings(metadata: Mapping[str, Any], key: str) -> Sequence[str]:
