@@ -139,6 +139,63 @@ def test_rope_is_read_in_the_old_and_the_new_style(changes: dict[str, Any]) -> N
     assert read_shape(huggingface(**changes)).rope == Rope(50000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192))
 
 
+def test_a_scaling_in_the_old_style_goes_before_parameters_in_the_new_one() -> None:
+    """Model cards tell people to add it, and transformers takes it."""
+    both = {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}
+    both |= {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    assert read_shape(huggingface(**both)).rope == Rope(50000.0, factor=4.0)
+    nested = {
+        kind: {"rope_type": "default", "rope_theta": 3.0} for kind in ("full_attention", "sliding_attention")
+    }
+    both |= {"rope_parameters": nested, "model_type": "gemma3_text", "sliding_window": 8}
+    shape = read_shape(huggingface(**both))
+    assert (shape.rope, shape.local_rope) == (Rope(3.0, factor=4.0), Rope(3.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [
+        ({"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}, 4.0),
+        ({"rope__scaling__factor": 4.0}, 4.0),
+        ({"rope__scale_linear": 4.0}, 4.0),
+        ({"rope__scale_linear": 4.0, "rope__scaling__factor": 2.0}, 2.0),
+        ({"rope__scaling__type": "none", "rope__scaling__factor": 4.0}, 1.0),
+        ({"rope__scaling__type": "linear"}, 1.0),
+    ],
+)
+def test_a_factor_in_a_gguf_file_scales_linearly_unless_it_says_otherwise(
+    changes: dict[str, Any], factor: float
+) -> None:
+    """As llama.cpp has it; the lone key is that of older converters."""
+    assert read_shape(gguf(**changes)).rope == Rope(50000.0, factor=factor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "context"),
+    [("llama", 2048), ("mistral", 131072), ("qwen2", 32768), ("qwen3", 32768), ("qwen3_5_text", 32768)],
+)
+def test_a_context_that_is_left_out_is_the_family_s(kind: str, context: int) -> None:
+    sizes = HYBRID if kind == "qwen3_5_text" else {}
+    changes = {**sizes, "model_type": kind, "max_position_embeddings": ...}
+    assert read_shape(huggingface(**changes)).max_position == context
+
+
+def test_sizes_of_a_delta_net_that_are_left_out_are_the_family_s() -> None:
+    delta = read_shape(huggingface(model_type="qwen3_5_text", num_hidden_layers=4)).delta
+    assert delta is not None
+    assert (delta.key_heads, delta.value_heads, delta.kernel) == (16, 32, 4)
+    assert (delta.key_width, delta.value_width) == (128, 128)
+
+
+def test_a_scaling_without_the_context_before_it_takes_the_model_s() -> None:
+    rope = {**LLAMA3, "rope_type": "llama3", "original_max_position_embeddings": None}
+    assert read_shape(huggingface(rope_scaling=rope)).rope.llama3 == Llama3Scaling(8.0, 1.0, 4.0, 512)
+
+
+def test_silu_has_another_name() -> None:
+    assert read_shape(huggingface(hidden_act="swish")).activation == "silu"
+
+
 HYBRID = {
     "model_type": "qwen3_5_text",
     "head_dim": 16,

@@ -80,6 +80,20 @@ def test_large_gemmas_scale_the_rope_of_layers_without_window_only(
     assert difference(computing(path), tiny.logits(IDS)) <= 3e-4
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5_text", "gemma3_text"])
+def test_a_scaling_beside_rope_parameters_counts_as_in_transformers(
+    kind: str, make_tiny: Callable[..., Any], computing: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    path = rewrite(make_tiny(kind).directory, tmp_path / "both", rope_scaling=scaling)
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(path).eval()(torch.tensor([IDS])).logits[0]
+    assert difference(computing(path), expected) <= 1e-3
+    assert difference(computing(make_tiny(kind).directory), expected) > 0.1
+
+
 # --- heads and tables -----------------------------------------------------------------------------
 
 
@@ -90,6 +104,22 @@ def test_a_head_in_the_file_wins_over_a_flag_that_ties_it(
     tiny = make_tiny(kind, tie_word_embeddings=False)
     path = rewrite(tiny.directory, tmp_path / "flagged", tie_word_embeddings=True)
     assert difference(computing(path), tiny.logits(IDS)) <= 3e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_tied_table_may_be_stored_as_the_head(
+    kind: str, make_tiny: Callable[..., Any], computing: Any, tmp_path: Path
+) -> None:
+    """As `save_model` of safetensors does, which keeps one of the names that share their memory."""
+    tiny = make_tiny(kind, tie_word_embeddings=True)
+
+    def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+        return tensors
+
+    made = computing(rewrite(tiny.directory, tmp_path / "head", rename))
+    assert made.shape.tied
+    assert difference(made, tiny.logits(IDS)) <= 3e-4
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,23 @@ from cortex.neuron.models.shape import (
 from cortex.neuron.weights.checkpoint import CONFIG, Checkpoint
 from cortex.wire.errors import LoadFailed
 
+_QWEN: Final = {"max_position_embeddings": 32768}
+_DELTA: Final = {
+    **_QWEN,
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
 _DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "mistral": {"sliding_window": 4096},
-    "qwen3": {"head_dim": 128},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "qwen3_moe": _QWEN,
     "gemma3": {
         "vocab_size": 262208,
         "num_attention_heads": 8,
@@ -40,9 +54,9 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
     },
-    "qwen3_next": {"head_dim": 256, "partial_rotary_factor": 0.25, "norm_topk_prob": True},
-    "qwen3_5": {"head_dim": 256, "partial_rotary_factor": 0.25},
-    "qwen3_5_moe": {"head_dim": 256, "partial_rotary_factor": 0.25},
+    "qwen3_next": {**_DELTA, "norm_topk_prob": True},
+    "qwen3_5": _DELTA,
+    "qwen3_5_moe": _DELTA,
 }
 """By family, what a file may leave out."""
 
@@ -51,7 +65,11 @@ _KINDS: Final[Mapping[str, Kind]] = {
     "sliding_attention": "sliding",
     "linear_attention": "delta",
 }
-_ACTIVATIONS: Final[Mapping[str, Activation]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: Final[Mapping[str, Activation]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 _QK_NORM: Final = ("qwen3", "qwen3_moe", "gemma3", *HYBRID)
 
 
@@ -63,11 +81,7 @@ def shape_from_config(checkpoint: Checkpoint) -> ModelShape:
     text = top.section("text_config") or checkpoint.config
     fields = top.inner({**defaults, **text}, CONFIG)
     _refuse_quantization(top)
-    prefix = next((p for p in HEAD_NAMES if f"{p}embed_tokens.weight" in checkpoint.tensors), "model.")
-    head = f"{HEAD_NAMES[prefix]}.weight"
-    tied = head not in checkpoint.tensors
-    if tied and not top.flag("tie_word_embeddings"):
-        raise LoadFailed(f"{checkpoint.path} lacks tensor {head}, and {CONFIG} ties no embeddings.")
+    prefix, tied, table = _tables(top, checkpoint)
     layers = fields.size("num_hidden_layers", most=MOST_LAYERS)
     heads = fields.size("num_attention_heads", most=MOST_PARTS)
     hidden = fields.size("hidden_size")
@@ -94,6 +108,7 @@ def shape_from_config(checkpoint: Checkpoint) -> ModelShape:
         output_bias=not is_qwen2 and fields.flag("attention_bias"),
         mlp_bias=family == "llama" and fields.flag("mlp_bias"),
         prefix=prefix,
+        table_is_head=table == f"{HEAD_NAMES[prefix]}.weight",
         activation=_activation(fields),
         rotary_dim=_rotary_dim(fields, width, is_hybrid),
         qk_norm=family in _QK_NORM,
@@ -103,12 +118,28 @@ def shape_from_config(checkpoint: Checkpoint) -> ModelShape:
         window=window if "sliding" in kinds else None,
         local_rope=local_rope if "sliding" in kinds else None,
         query_scale=fields.positive("query_pre_attn_scalar") ** -0.5 if is_gemma else None,
-        embedding_scale=_embedding_scale(checkpoint, prefix, hidden) if is_gemma else None,
+        embedding_scale=_embedding_scale(checkpoint, table, hidden) if is_gemma else None,
         logit_cap=fields.positive("final_logit_softcapping") if "final_logit_softcapping" in fields else None,
         delta=_delta(fields, family) if "delta" in kinds else None,
         experts=experts,
         dense_layers=dense_layers,
     )
+
+
+def _tables(top: Fields, checkpoint: Checkpoint) -> tuple[str, bool, str]:
+    """The prefix, whether the head is tied to the table, and the table's tensor. Of tied ones that share
+    their memory a file may have either name alone.
+    """
+    names, ties = checkpoint.tensors, top.flag("tie_word_embeddings")
+    prefixes = [p for p in HEAD_NAMES if f"{p}embed_tokens.weight" in names]
+    prefixes += [p for p in HEAD_NAMES if f"{p}norm.weight" in names]
+    prefix = next(iter(prefixes), "model.")
+    table, head = f"{prefix}embed_tokens.weight", f"{HEAD_NAMES[prefix]}.weight"
+    if head not in names and not ties:
+        raise LoadFailed(f"{checkpoint.path} lacks tensor {head}, and {CONFIG} ties no embeddings.")
+    if ties and head in names and table not in names:
+        return prefix, True, head
+    return prefix, head not in names, table
 
 
 def _refuse_quantization(fields: Fields) -> None:
@@ -121,7 +152,7 @@ def _refuse_quantization(fields: Fields) -> None:
 def _activation(fields: Fields) -> Activation:
     name = fields.get("hidden_activation", fields.get("hidden_act", "silu"))
     if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise fields.refuse(f"the activation {name!r} ({' and '.join(_ACTIVATIONS)} are)")
+        raise fields.refuse(f"the activation {name!r} ({', '.join(_ACTIVATIONS)} are)")
     return _ACTIVATIONS[name]
 
 
@@ -168,15 +199,18 @@ def _kind(fields: Fields, family: str, index: int) -> Kind:
 
 def _ropes(fields: Fields, two: bool) -> tuple[Rope, Rope | None]:
     """Of layers that see everything and, with `two`, of those with a window."""
-    given = fields.section("rope_parameters")
-    scaling = fields.section("rope_scaling")
     theta = fields.get("rope_theta", 10000.0)
     if not two:
-        return _rope(fields, given or scaling, theta), None
-    kinds = fields.inner(given, f"the rope parameters of {CONFIG}")
-    full = kinds.section("full_attention") or scaling
+        return _rope(fields, _rope_section(fields), theta), None
+    kinds = fields.inner(fields.section("rope_parameters"), f"the rope parameters of {CONFIG}")
+    full = {**kinds.section("full_attention"), **fields.section("rope_scaling")}
     local = kinds.section("sliding_attention")
     return _rope(fields, full, theta), _rope(fields, local, fields.get("rope_local_base_freq"))
+
+
+def _rope_section(fields: Fields) -> dict[str, Any]:
+    """The old key is what model cards tell people to add, and goes before the new one."""
+    return fields.section("rope_scaling") or fields.section("rope_parameters")
 
 
 def _rope(fields: Fields, plain: dict[str, Any], theta: object) -> Rope:
@@ -194,14 +228,14 @@ def _rope(fields: Fields, plain: dict[str, Any], theta: object) -> Rope:
             rope.positive("factor"),
             rope.positive("low_freq_factor"),
             rope.positive("high_freq_factor"),
-            rope.size("original_max_position_embeddings"),
+            rope.size("original_max_position_embeddings", fields.size("max_position_embeddings")),
         ),
     )
 
 
 def _rotary_dim(fields: Fields, width: int, partial: bool) -> int:
     """0 for the whole head, which is all that families know that are not `partial`."""
-    inside = fields.inner(fields.section("rope_parameters"), f"the rope parameters of {CONFIG}")
+    inside = fields.inner(_rope_section(fields), f"the rope parameters of {CONFIG}")
     factor = inside.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
     if factor == 1.0:
         return 0
@@ -210,9 +244,9 @@ def _rotary_dim(fields: Fields, width: int, partial: bool) -> int:
     return int(width * factor)
 
 
-def _embedding_scale(checkpoint: Checkpoint, prefix: str, hidden: int) -> float:
+def _embedding_scale(checkpoint: Checkpoint, name: str, hidden: int) -> float:
     """sqrt(hidden) in the type of the table, in which the model was trained."""
-    table = checkpoint.tensors.get(f"{prefix}embed_tokens.weight")
+    table = checkpoint.tensors.get(name)
     dtype = "F32" if table is None else table.dtype
     (bits,) = struct.unpack("<I", struct.pack("<f", hidden**0.5))
     if dtype == "BF16":

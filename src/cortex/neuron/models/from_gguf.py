@@ -105,9 +105,11 @@ def _kinds(fields: Fields, family: str, layers: int) -> tuple[Kind, ...]:
 
 def _rope(fields: Fields, checkpoint: Checkpoint, width: int) -> Rope:
     theta = fields.positive("rope.freq_base", 10000.0)
-    scaling = fields.get("rope.scaling.type", "none")
+    old = fields.number("rope.scale_linear", 0.0)  # as older converters call the factor
+    factor = fields.number("rope.scaling.factor", old)
+    scaling = fields.get("rope.scaling.type", "linear" if factor else "none")
     if scaling == "linear":
-        return Rope(theta, factor=fields.positive("rope.scaling.factor"))
+        return Rope(theta, factor=fields.positive("rope.scaling.factor", old or 1.0))
     if scaling != "none":
         raise fields.refuse(f"the rope scaling {scaling!r} (none and linear are)")
     return Rope(theta, divisors=_frequency_factors(checkpoint, width))

@@ -93,10 +93,11 @@ class ExpertsShape(msgspec.Struct, frozen=True, kw_only=True):
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     """A decoder. Sizes are elements, `max_position` and `window` tokens.
 
-    `prefix` is what the names of the tensors begin with in safetensors; `rotary_dim` how much of a head is
-    rotated, 0 for all of it; `gated` says that queries bring a gate for the attention's output; `post_norms`
-    that what attention and MLP give is normalised too. `kinds` has a kind for each layer, or is empty where
-    all are "full"; `dense_layers` are those without experts in a model that has some. `local_rope` is that of
+    `prefix` is what the names of the tensors begin with in safetensors, where `table_is_head` says that a
+    tied table is stored under the head's name; `rotary_dim` how much of a head is rotated, 0 for all of
+    it; `gated` says that queries bring a gate for the attention's output; `post_norms` that what
+    attention and MLP give is normalised too. `kinds` has a kind for each layer, or is empty where all are
+    "full"; `dense_layers` are those without experts in a model that has some. `local_rope` is that of
     sliding layers where it differs. None and empty are what a model does not have.
     """
 
@@ -116,6 +117,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     output_bias: bool
     mlp_bias: bool
     prefix: str = "model."
+    table_is_head: bool = False
     activation: Activation = "silu"
     rotary_dim: int = 0
     qk_norm: bool = False

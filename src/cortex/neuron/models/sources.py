@@ -41,13 +41,14 @@ class Layout:
     def frame(self) -> Sources:
         """Of what stands around the layers."""
         names = self.names
-        table = names.embedding if self.shape.tied else names.head
+        table = names.head if self.shape.table_is_head else names.embedding
+        head = table if self.shape.tied else names.head
         vocab = self.shape.vocab
         own = self.share.spread(vocab)
         return {
-            "embedding.weight": (Piece(f"{names.embedding}.weight", *own, of=vocab),),
+            "embedding.weight": (Piece(f"{table}.weight", *own, of=vocab),),
             "norm.weight": self.norm(names.norm),
-            "head.rows.weight": (Piece(f"{table}.weight", *own, of=vocab),),
+            "head.rows.weight": (Piece(f"{head}.weight", *own, of=vocab),),
         }
 
     def norm(self, tensor: str) -> Source:
