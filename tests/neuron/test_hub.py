@@ -166,6 +166,12 @@ def test_safetensors_come_with_what_belongs_to_them_and_nothing_else(hub: FakeHu
     assert hub.asked == []
 
 
+def test_named_templates_come_too_and_one_file_goes_before_an_index() -> None:
+    own = ["additional_chat_templates/tool_use.jinja", "config.json", "model.safetensors"]
+    more = ["model.safetensors.index.json", "model-00001-of-00001.safetensors", "other/tool_use.jinja"]
+    assert choose(Repository("org/name"), [*own, *more]).files == tuple(own)
+
+
 GGUFS = ("name-Q4_K_M.gguf", "name-Q8_0.gguf", "name-UD-Q4_K_M.gguf", "mmproj-name.gguf")
 
 

@@ -28,6 +28,8 @@ BESIDE: Final = frozenset(
     }
 )
 """What comes with safetensors."""
+_NAMED_TEMPLATE: Final = re.compile(r"additional_chat_templates/[^/]+\.jinja")
+"""And what does where a model has several chat templates."""
 
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 _REPOSITORY: Final = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9][A-Za-z0-9_./-]{{0,99}}))?")
@@ -77,7 +79,8 @@ def choose(repository: Repository, names: Collection[str]) -> Model:
     if quant is not None and quant.lower() not in QUANT_FORMS and (ggufs or shards):
         return _gguf(repository, _of(quant, ggufs, repository.name), shortest=True)
     if shards and "config.json" in names:
-        return Model((*sorted(BESIDE.intersection(names)), *shards), "")
+        beside = [name for name in names if name in BESIDE or _NAMED_TEMPLATE.fullmatch(name)]
+        return Model((*sorted(beside), *shards), "")
     if ggufs:
         return _gguf(repository, ggufs, shortest=False)
     raise UnknownModel(
@@ -111,9 +114,11 @@ def _of(quant: str, ggufs: list[str], repository: str) -> list[str]:
 def _safetensors(names: Collection[str]) -> list[str]:
     """As `weights.safetensors` reads a directory; of what its index names everything is fetched."""
     here = sorted(name for name in names if "/" not in name and name.endswith(".safetensors"))
+    if SINGLE in names:
+        return [SINGLE]
     if INDEX in names:
         return [INDEX, *(name for name in here if not name.startswith("consolidated"))]
-    return [SINGLE] if SINGLE in names else here
+    return here
 
 
 def _gguf(repository: Repository, names: list[str], *, shortest: bool) -> Model:

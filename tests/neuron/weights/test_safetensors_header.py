@@ -146,6 +146,14 @@ def test_an_index_that_lies_is_named(tmp_path: Path, weight_map: Any, said: str)
         read_directory(tmp_path)
 
 
+def test_the_one_file_goes_before_an_index(tmp_path: Path) -> None:
+    """As in transformers; what the index names may be the model in an older form."""
+    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    index(tmp_path, {"a": "one.safetensors"})
+    assert read_directory(tmp_path)["a"].file.name == "model.safetensors"
+
+
 def test_a_tensor_in_two_files_without_an_index_is_refused(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_file({"a": torch.ones(2)}, tmp_path / f"{name}.safetensors")

@@ -33,13 +33,14 @@ class _Index(msgspec.Struct):
 
 
 def read_directory(directory: Path) -> dict[str, TensorInfo]:
-    """All tensors of a checkpoint: by its index, else `model.safetensors`, else every safetensors file.
+    """All tensors of a checkpoint: `model.safetensors`, else by its index, else every safetensors file. That
+    one file goes before an index, which may be left from an older form of the model, as in transformers.
 
     Raises LoadFailed that names the file and tensor at fault.
     """
-    if (directory / INDEX).is_file():
-        return _read_indexed(directory)
     single = directory / SINGLE
+    if not single.is_file() and (directory / INDEX).is_file():
+        return _read_indexed(directory)
     files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     if not files:
         raise LoadFailed(f"{directory} holds no *.safetensors file.")
