@@ -13,7 +13,7 @@ from cortex.neuron import torch_engine
 from cortex.neuron.models.division import rank_weight_bytes
 from cortex.neuron.models.reading import read_shape
 from cortex.neuron.models.shape import ModelShape
-from cortex.neuron.torch_engine import PROCESS_BYTES, TorchFactory, open_codec
+from cortex.neuron.torch_engine import PROCESS_BYTES, TorchFactory, check_quant, open_codec
 from cortex.neuron.weights.checkpoint import open_checkpoint
 from cortex.wire.errors import BadRequest, LoadFailed
 
@@ -335,3 +335,12 @@ def test_a_checkpoint_brings_its_text_side(tiny: Path) -> None:
     detokenizer = codec.detokenizer()
     assert "Hé" in detokenizer.feed(ids) + detokenizer.flush()
     assert codec.stop_ids == (codec.encode("<|im_end|>")[0],)
+
+
+def test_a_quant_is_whole_words_of_the_file_s_name(quantised: Path) -> None:
+    with open_checkpoint(quantised.rename(quantised.with_name("model-bf16.gguf"))) as checkpoint:
+        for quant in ("bf16", "model", "MODEL_bf16", "model-bf16.gguf"):
+            check_quant(quant, checkpoint)
+        for quant in ("f16", "b", "odel-bf16"):
+            with pytest.raises(BadRequest, match=f"not of the quantisation '{quant}'"):
+                check_quant(quant, checkpoint)

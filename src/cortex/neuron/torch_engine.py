@@ -6,6 +6,7 @@ Imports no torch; that is the worker's. Knows sizes and messages, not how a mode
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -230,7 +231,8 @@ def check_quant(quant: str | None, checkpoint: Checkpoint) -> None:
     if quant is None:
         return
     wanted = quant.lower().replace("-", "_")
-    if checkpoint.kind == "gguf" and wanted in checkpoint.path.name.lower().replace("-", "_"):
+    name = checkpoint.path.name.lower().replace("-", "_")
+    if checkpoint.kind == "gguf" and re.search(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9])", name):
         return
     if checkpoint.kind == "gguf" and is_of(name_of(checkpoint.path), quant):  # as the hub chose it
         return
