@@ -254,6 +254,25 @@ def test_a_directory_adds_bos_only_where_it_says_so(directory: Callable[..., Pat
     assert codec_from_directory(path).encode("<|im_start|>a") == expected
 
 
+def test_space_that_a_template_writes_before_bos_does_not_double_it(directory: Callable[..., Path]) -> None:
+    codec = codec_from_directory(
+        directory(tokenizer_config={"bos_token": "<|im_start|>", "add_bos_token": True})
+    )
+    bos = codec.encode("")[0]
+    assert codec.encode("\n <|im_start|>a").count(bos) == 1
+    assert codec.encode("\n a")[0] == bos
+    assert codec.encode("a<|im_start|>a").count(bos) == 2
+
+
+def test_named_templates_may_be_files_of_their_own(directory: Callable[..., Path]) -> None:
+    """As transformers 5 saves them."""
+    path = directory(chat_template="plain")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("for tools")
+    assert codec_from_directory(path).render([USER]) == "plain"
+    assert codec_from_directory(path).render([USER], tools=[{}]) == "for tools"
+
+
 def test_the_template_s_own_file_comes_first(directory: Callable[..., Path]) -> None:
     listed = [{"name": "default", "template": "listed"}, {"name": "tool_use", "template": "for tools"}, {}]
     path = directory(tokenizer_config={"chat_template": listed})

@@ -20,6 +20,8 @@ from cortex.neuron.text.tokenizer import adds_bos, special_tokens, tokenizer_fro
 from cortex.neuron.text.vocabulary import END_TOKENS, vocabulary
 from cortex.wire.errors import BadRequest, LoadFailed
 
+NAMED_TEMPLATES: Final = "additional_chat_templates"
+"""The folder in which transformers 5 keeps a directory's templates but the default one, each in a file."""
 _ROLES: Final = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """Template variable -> the name of its id in GGUF metadata."""
 
@@ -67,9 +69,14 @@ class TextCodec:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError):
             raise BadRequest("The prompt holds a lone surrogate, which is no character.") from None
-        if self._bos is not None and ids[:1] != [self._bos]:
-            return [self._bos, *ids]
-        return ids
+        if self._bos is None or ids[:1] == [self._bos] or self._begins_with_bos(text, ids):
+            return ids
+        return [self._bos, *ids]
+
+    def _begins_with_bos(self, text: str, ids: Sequence[int]) -> bool:
+        """Templates are laid out for people, and may leave space before it."""
+        name = None if self._bos is None else self._tokenizer.id_to_token(self._bos)
+        return name is not None and self._bos in ids and text.lstrip().startswith(name)
 
     def token_bytes(self, id: int) -> bytes:
         """What one id spells, a special token its name; b"" for an id that is no token."""
@@ -105,7 +112,8 @@ def codec_from_directory(path: Path, *, now: Callable[[], datetime] = datetime.n
     """From the files of a model directory in Hugging Face's layout.
 
     Reads tokenizer.json, tokenizer_config.json, config.json, generation_config.json and the chat template
-    (chat_template.jinja before chat_template.json before tokenizer_config.json). Raises LoadFailed.
+    (chat_template.jinja and what is named beside it, before chat_template.json, before
+    tokenizer_config.json). Raises LoadFailed.
     """
     tokenizer = tokenizer_from_file(path / "tokenizer.json")
     config, settings, generation = (
@@ -155,8 +163,10 @@ def _gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 def _directory_templates(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     jinja = path / "chat_template.jinja"
-    if jinja.is_file():
-        return {DEFAULT: _read(jinja).decode("utf-8", "replace")}
+    named = {file.stem: file for file in sorted((path / NAMED_TEMPLATES).glob("*.jinja"))}
+    files = {**named, DEFAULT: jinja} if jinja.is_file() else named
+    if files:
+        return {name: _read(file).decode("utf-8", "replace") for name, file in files.items()}
     found = _read_json(path / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if isinstance(found, str):
         return {DEFAULT: found}
