@@ -111,6 +111,50 @@ def test_a_template_renders_as_transformers_renders_it(source: str, conversation
         assert rendered == expected[0]
 
 
+CALLED: list[dict[str, Any]] = [
+    {"role": "user", "content": "hi"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "w", "arguments": {"city": "Z\u00fcrich"}}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "c", "content": "3"},
+]
+EACH = "{%- for m in messages %}"
+CALLS = "{%- for c in m.tool_calls or [] %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        (  # as DeepSeek-R1-Distill has it: a call is shown beside null only, its arguments joined as text
+            EACH + "{%- if m.content is none %}" + CALLS + "{{ '```' + c.function.arguments + '```' }}"
+            "{%- endfor %}{%- else %}{{ m.content + '|' }}{%- endif %}{%- endfor %}",
+            'hi|```{"city": "Z\u00fcrich"}```3|',
+        ),
+        (
+            EACH + CALLS + "{{ c.function.arguments }}{% endfor %}{% endfor %}",
+            '{"city": "Z\u00fcrich"}',
+        ),
+        (
+            EACH + CALLS + "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}",
+            '{"city": "Z\u00fcrich"}',
+        ),
+        (
+            EACH + CALLS + "{{ c.function.arguments.city }}{% endfor %}{% endfor %}",
+            "Z\u00fcrich",
+        ),
+        (EACH + "{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}", "<user>hi<assistant><tool>3"),
+        (EACH + "{{ m.content }}|{% endfor %}", "hi||3|"),
+    ],
+    ids=["joined beside null", "printed", "as JSON", "as an object", "content joined", "content printed"],
+)
+def test_calls_go_to_a_template_in_the_form_that_it_takes(source: str, wanted: str) -> None:
+    assert template(source).render(CALLED) == wanted
+
+
 @pytest.mark.real_model
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["smollm2_path", "qwen_coder_path"])

@@ -6,9 +6,11 @@ ids; how templates are kept in bounds is the sandbox's business.
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from jinja2 import Template, TemplateError
 
@@ -20,6 +22,26 @@ WITH_TOOLS: Final = "tool_use"
 """The name under which a model keeps a separate template for requests with tools."""
 
 _PROBE: Final = "probe-5f3a"
+_CALL: Final = {"name": "look_up", "arguments": {"key": _PROBE}}
+_HISTORY: Final[Sequence[Mapping[str, Any]]] = (
+    {"role": "user", "content": "Look it up."},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "call00001", "type": "function", "function": _CALL}],
+    },
+    {"role": "tool", "tool_call_id": "call00001", "name": "look_up", "content": "Found."},
+)
+
+
+class _Forms(NamedTuple):
+    """Whether a template takes contents as text and as parts, null as a content beside tool calls, and the
+    arguments of those as objects; else it gets an empty text, and the arguments' JSON."""
+
+    text: bool = True
+    parts: bool = False
+    null: bool = True
+    objects: bool = True
 
 
 class ChatTemplate:
@@ -29,7 +51,9 @@ class ChatTemplate:
 
     Contents that are a list of text parts go to the template as they are if it understands them, else
     their texts are joined with nothing between them. Plain texts become a list of one part only for a
-    template that understands nothing else. Which of these holds is found out by rendering a probe.
+    template that understands nothing else. A template that joins the arguments of tool calls to its own
+    text, or the content beside them, gets text for these too. Which of these holds is found out by rendering
+    probes.
     """
 
     def __init__(
@@ -59,8 +83,7 @@ class ChatTemplate:
             raise BadRequest("This model has no chat template, so it cannot chat; use one tuned for chat.")
         if isinstance(template, TemplateError):
             raise BadRequest(f"This model's chat template cannot be read: {template}.")
-        takes_text, takes_parts = self._forms[name]
-        shaped = [_shape(message, takes_text, takes_parts) for message in messages]
+        shaped = [_shape(message, self._forms[name]) for message in messages]
         try:
             return self._run(template, shaped, tools, add_generation_prompt, variables)
         except Exception as error:  # a template can raise whatever Python can
@@ -90,30 +113,60 @@ class ChatTemplate:
         except RecursionError:
             return TemplateError("it is nested too deeply")
 
-    def _find_forms(self, template: Template | TemplateError) -> tuple[bool, bool]:
-        """Whether the template shows contents given as text, and contents given as parts."""
+    def _find_forms(self, template: Template | TemplateError) -> _Forms:
         if isinstance(template, TemplateError):
-            return True, False
-        as_text = self._probe(template, _PROBE)
-        as_parts = self._probe(template, [{"type": "text", "text": _PROBE}])
-        # A template that takes everything for text shows the list in Python's or JSON's own notation.
-        takes_parts = _PROBE in as_parts and f"'{_PROBE}'" not in as_parts and f'"{_PROBE}"' not in as_parts
-        return _PROBE in as_text or not takes_parts, takes_parts
+            return _Forms()
+        as_text = self._probe(template, [{"role": "user", "content": _PROBE}])
+        parts = [{"type": "text", "text": _PROBE}]
+        as_parts = self._probe(template, [{"role": "user", "content": parts}])
+        takes_parts = as_parts is not None and _is_shown(as_parts) and f'"{_PROBE}"' not in as_parts
+        takes_text = not takes_parts or (as_text is not None and _PROBE in as_text)
+        return self._find_call_forms(template, _Forms(takes_text, takes_parts))
 
-    def _probe(self, template: Template, content: Any) -> str:
+    def _find_call_forms(self, template: Template, forms: _Forms) -> _Forms:
+        """The first ones with which a call is shown as it should be, else those with which nothing breaks."""
+        tried = [forms._replace(null=null, objects=objects) for null, objects in _EITHER]
+        shown = [self._probe(template, [_shape(each, one) for each in _HISTORY]) for one in tried]
+        whole = [
+            one for one, text in zip(tried, shown, strict=True) if text is not None and "None" not in text
+        ]
+        good = [one for one, text in zip(tried, shown, strict=True) if one in whole and _is_shown(text or "")]
+        return (good or whole or [forms])[0]
+
+    def _probe(self, template: Template, messages: Sequence[Mapping[str, Any]]) -> str | None:
         try:
-            return self._run(template, [{"role": "user", "content": content}], None, True, {})
+            return self._run(template, messages, None, True, {})
         except Exception:  # it does not take this form; what it raises does not matter
-            return ""
+            return None
 
 
-def _shape(message: Mapping[str, Any], takes_text: bool, takes_parts: bool) -> Mapping[str, Any]:
-    content = message.get("content")
-    if isinstance(content, str) and not takes_text:
-        return {**message, "content": [{"type": "text", "text": content}]}
-    if isinstance(content, list) and not takes_parts:
-        return {**message, "content": "".join(part.get("text") or "" for part in content)}
-    return message
+_EITHER: Final = tuple(itertools.product((True, False), repeat=2))
+
+
+def _is_shown(text: str) -> bool:
+    """The probe is there, and not in a list or an object in Python's notation."""
+    return _PROBE in text and f"'{_PROBE}'" not in text
+
+
+def _shape(message: Mapping[str, Any], forms: _Forms) -> Mapping[str, Any]:
+    calls, content = message.get("tool_calls"), message.get("content")
+    if calls and not forms.objects:
+        message = {**message, "tool_calls": [_with_text_arguments(call) for call in calls]}
+    if content is None and calls and not forms.null:
+        content = ""
+    if isinstance(content, str) and not forms.text:
+        content = [{"type": "text", "text": content}]
+    elif isinstance(content, list) and not forms.parts:
+        content = "".join(part.get("text") or "" for part in content)
+    return message if content is None else {**message, "content": content}
+
+
+def _with_text_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, Mapping) or isinstance(function.get("arguments"), str):
+        return call
+    arguments = json.dumps(function.get("arguments"), ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _complaint(error: Exception) -> str:
