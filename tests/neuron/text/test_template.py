@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from cortex.neuron.text import sandbox
 from cortex.neuron.text.codec import codec_from_gguf
 from cortex.neuron.text.template import ChatTemplate
 from cortex.neuron.weights.gguf import read_header
@@ -193,6 +192,10 @@ def test_the_clock_is_the_one_that_was_given() -> None:
     assert template("{{ strftime_now('%d %B %Y') }}").render([USER]) == "01 March 2026"
 
 
+def test_a_long_complaint_reaches_the_client_in_part() -> None:
+    assert len(complaint("{{ raise_exception('x' * 100000) }}")) < 3000
+
+
 def test_other_variables_reach_the_template() -> None:
     source = "{{ enable_thinking }}{{ tools is none }}{{ add_generation_prompt }}"
     assert template(source).render([USER], enable_thinking=False) == "FalseTrueFalse"
@@ -293,40 +296,6 @@ def test_messages_are_not_changed_by_a_template() -> None:
     with pytest.raises(BadRequest):
         template("{{ messages[0].update(role='x') }}").render(messages)
     assert messages == [USER]
-
-
-@pytest.fixture
-def tight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_TEXT", 10_000)
-    monkeypatch.setattr(sandbox, "MAX_STEPS", 10_000)
-
-
-@pytest.mark.usefixtures("tight")
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(9999) %}{{ 'xxxxxxxxxx' }}{% endfor %}",
-        "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
-        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(40) }}",
-        "{{ 'x' * 99999 }}",
-        "{{ 99999 * [1] }}",
-        "{{ 10 ** 99999 }}",
-        "{% set x = '%99999d' % 1 %}",
-        "{% set x = '%*d' % (99999, 1) %}",
-        "{{ range(10 ** 9) | list }}",
-        "{% set ns = namespace(t='ab') %}{% for i in range(40) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
-        "{% set ns = namespace(t='ab') %}{% for i in range(40) %}{% set ns.t = ns.t + ns.t %}{% endfor %}",
-        "{% set ns = namespace(n=9) %}{% for i in range(40) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
-    ],
-)
-def test_a_template_that_runs_away_is_stopped(source: str) -> None:
-    assert "chat template" in complaint(source)
-
-
-@pytest.mark.usefixtures("tight")
-def test_a_bound_counts_for_each_rendering_anew() -> None:
-    counted = template("{% for i in range(4000) %}x{% endfor %}")
-    assert [len(counted.render([USER])) for _ in range(5)] == [4000] * 5
 
 
 def test_a_long_conversation_is_within_the_bounds() -> None:

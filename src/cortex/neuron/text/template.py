@@ -22,6 +22,8 @@ WITH_TOOLS: Final = "tool_use"
 """The name under which a model keeps a separate template for requests with tools."""
 
 _PROBE: Final = "probe-5f3a"
+_MAX_COMPLAINT: Final = 2000
+"""Characters of what a template may say to the client where it refuses."""
 _CALL: Final = {"name": "look_up", "arguments": {"key": _PROBE}}
 _HISTORY: Final[Sequence[Mapping[str, Any]]] = (
     {"role": "user", "content": "Look it up."},
@@ -170,5 +172,5 @@ def _with_text_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _complaint(error: Exception) -> str:
-    said = str(error) or type(error).__name__
+    said = str(error)[:_MAX_COMPLAINT] or type(error).__name__
     return f"This model's chat template refuses the conversation: {said.rstrip('.')}."
