@@ -1,4 +1,4 @@
-"""Placement: the least busy replica, failed ones last, and a reason where there is none."""
+"""Placement: the least busy replica, loading and failed ones last, and a reason where there is none."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from cortex.gateway.fleet import Fleet
 from cortex.gateway.node import NodeClient
 from cortex.gateway.placement import choose, why_not
 from cortex.web.pool import Pool
-from cortex.wire.errors import Loading, NoCapacity
+from cortex.wire.errors import NoCapacity
 from cortex.wire.node import ModelReport, Servable
 
 
@@ -45,29 +45,31 @@ def test_a_node_that_was_tried_is_not_chosen_again():
     assert chosen(fleet, {"a", "b"}) is None
 
 
-@pytest.mark.parametrize("state", ["loading", "draining", "unloaded", "squeezed", "lost"])
+@pytest.mark.parametrize("state", ["draining", "unloaded", "squeezed", "lost"])
 def test_only_what_can_serve_is_chosen(state):
     assert chosen(fleet_of(a=state)) is None
     assert chosen(fleet_of(a=state, b="loaded")) == "b"
 
 
-def test_a_failed_model_is_the_last_resort():
-    assert chosen(fleet_of(a="failed", b="loaded")) == "b"
+def test_a_model_that_is_loading_or_failed_is_the_last_resort():
+    """A node holds the requests for what it loads, so that a cold load is a wait and no refusal."""
+    assert chosen(fleet_of(a="loading", b="loaded")) == "b"
+    assert chosen(fleet_of(a="failed", b="loading", c="loaded")) == "c"
+    assert chosen(fleet_of(a="failed", b="loading")) == "b"
     assert chosen(fleet_of(a="failed")) == "a"
 
 
 @pytest.mark.parametrize(
-    ("states", "kind", "told"),
+    ("states", "told"),
     [
-        ({"a": "lost"}, NoCapacity, "on a, which does not answer"),
-        ({"a": "loading"}, Loading, "loading on a"),
-        ({"a": "draining", "b": "lost"}, NoCapacity, "a: draining"),
-        ({"a": "squeezed"}, NoCapacity, "a: squeezed"),
+        ({"a": "lost"}, "on a, which does not answer"),
+        ({"a": "draining", "b": "lost"}, "a: draining"),
+        ({"a": "squeezed"}, "a: squeezed"),
     ],
 )
-def test_the_reason_names_the_nodes(states, kind, told):
+def test_the_reason_names_the_nodes(states, told):
     error = why_not(fleet_of(**states).replicas("m"), "m")
-    assert isinstance(error, kind)
+    assert isinstance(error, NoCapacity)
     assert told in error.message
     assert error.retry_after == 5
 

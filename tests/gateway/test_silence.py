@@ -20,6 +20,24 @@ async def test_a_waiting_stream_gets_keep_alives_that_are_no_events(world):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+async def test_a_cold_load_is_a_wait_in_which_a_stream_shows_life(world, stream):
+    node = world.nodes["a"]
+    node.add("m", status="loading", servable={"ok": False, "reason": "loading"})
+    await world.poll()
+    node.gate = asyncio.Semaphore(0)
+    async with world.client.open("POST", CHAT, json=world.chat(stream=stream)) as exchange:
+        await node.arrived.wait()
+        await world.poll()
+        for _ in range(40):  # longer than a node may be silent that does not list the request
+            await world.clock.advance(10)
+            if stream:
+                assert await exchange.chunk() == b": keep-alive\n\n"
+        for _ in range(3):
+            node.gate.release()
+        assert b"lo" in (await exchange.reply()).body
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_a_node_that_lists_the_request_may_be_silent_for_ever(world, stream):
     node = world.nodes["a"]
     node.gate = asyncio.Semaphore(0)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from cortex.gateway.fleet import Node
-from cortex.wire.errors import CortexError, Loading, NoCapacity
+from cortex.wire.errors import CortexError, NoCapacity
 from cortex.wire.node import ModelReport
 
-NODE_LOST_RETRY_S = 5
-LOADING_RETRY_S = 5
+RETRY_S = 5
 
 
 def choose(replicas: Sequence[Node], model_id: str, tried: Collection[str] = ()) -> Node | None:
     """The least busy node that serves the model and was not tried yet, or None.
 
-    Least busy by requests of this model, then of the whole node, then by name. A node whose model
-    failed comes last: it loads the model again when it is asked.
+    Least busy by requests of this model, then of the whole node, then by name. After the nodes that have
+    it loaded comes one that is loading it, which holds requests until it has, and last one whose model
+    failed: it loads the model again when it is asked.
     """
     best: tuple[tuple[int, int, int, str], Node] | None = None
     for node in replicas:
@@ -34,7 +34,7 @@ def choose(replicas: Sequence[Node], model_id: str, tried: Collection[str] = ())
 def _rank(report: ModelReport) -> int | None:
     if report.status == "loaded":
         return 0 if report.servable.ok else None
-    return 1 if report.status == "failed" else None
+    return {"loading": 1, "failed": 2}.get(report.status)
 
 
 def why_not(replicas: Sequence[Node], model_id: str) -> CortexError:
@@ -44,19 +44,13 @@ def why_not(replicas: Sequence[Node], model_id: str) -> CortexError:
         return NoCapacity(
             f"The model {model_id!r} is on {', '.join(lost)}, which does not answer. "
             f"Try again, or look at `cortex status`.",
-            retry_after=NODE_LOST_RETRY_S,
+            retry_after=RETRY_S,
         )
     up = [node for node in replicas if node.up]
-    loading = [node.name for node in up if node.models[model_id].status == "loading"]
-    if loading:
-        return Loading(
-            f"The model {model_id!r} is loading on {', '.join(loading)}. Try again.",
-            retry_after=LOADING_RETRY_S,
-        )
     states = ", ".join(f"{node.name}: {_state(node.models[model_id])}" for node in up)
     return NoCapacity(
         f"No node can serve the model {model_id!r} now ({states}). Load it with `cortex load`, or try again.",
-        retry_after=LOADING_RETRY_S,
+        retry_after=RETRY_S,
     )
 
 
