@@ -8,6 +8,7 @@ from cortex.gateway.observe import Observers
 from cortex.gateway.poller import Poller
 from cortex.hookspecs import NodePolled
 from cortex.testing import FakeNode
+from cortex.testing.clock import settle
 
 CHAT = "/v1/chat/completions"
 
@@ -54,6 +55,48 @@ async def test_a_node_that_answers_garbage_is_a_lost_node_with_a_reason(world, g
     [view] = (await world.client.get("/nodes")).json()
     assert not view["up"]
     assert "GET /models" in view["detail"]
+
+
+async def test_a_node_that_was_never_up_is_logged_once_for_each_reason(make_world, caplog):
+    node = FakeNode()
+    node.garbage = b"nonsense"
+    with caplog.at_level("WARNING", "cortex.poller"):
+        world = await make_world({"a": node})
+        for _ in range(4):
+            await world.poll()
+        world.network.kill("http://a:13131")
+        for _ in range(2):
+            await world.poll()
+    assert [record.args[0] for record in caplog.records] == ["a", "a"]
+    assert "something else" in caplog.messages[0]
+    assert "Connection refused" in caplog.messages[1]
+
+
+async def test_looks_at_a_node_follow_each_other(world):
+    """An order wants a look of its own: one that began before its end might tell what was before."""
+    node, poller = world.gateway.fleet.nodes["a"], world.gateway.poller
+    fake = world.nodes["a"]
+    answers = []
+    models, go = node.client.models, asyncio.Event()
+
+    async def slowly():
+        found = await models()
+        answers.append(len(found))
+        await go.wait()
+        return found
+
+    node.client.models = slowly
+    first = asyncio.create_task(poller.poll(node))
+    while not answers:
+        await asyncio.sleep(0)
+    fake.add("n")
+    second = asyncio.create_task(poller.poll(node))
+    await settle()
+    assert answers == [1]
+    go.set()
+    await asyncio.gather(first, second)
+    assert answers == [1, 2]
+    assert set(node.models) == {"m", "n"}
 
 
 async def test_missing_health_does_not_lose_a_node(world):

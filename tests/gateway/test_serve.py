@@ -9,7 +9,7 @@ from cortex.config import ModelsConfig
 from cortex.hookspecs import RequestEnded, RequestRetried, RequestStarted
 from cortex.testing import FakeNode
 from cortex.wire import sse
-from cortex.wire.errors import BadRequest, Busy, ContextTooLong, LoadFailed, Loading
+from cortex.wire.errors import BadRequest, Busy, ContextTooLong, LoadFailed, Loading, UnknownModel
 
 CHAT = "/v1/chat/completions"
 
@@ -110,7 +110,9 @@ async def test_a_busy_node_says_when_to_come_back(world):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("refusal", [Busy("full"), LoadFailed("a file is damaged"), Loading("wait")])
+@pytest.mark.parametrize(
+    "refusal", [Busy("full"), LoadFailed("a file is damaged"), Loading("wait"), UnknownModel("unloaded")]
+)
 async def test_another_node_serves_when_the_first_cannot(make_world, stream, refusal):
     """Its engine has died and cannot be loaded again, say, while another node has the model."""
     world = await make_world({"a": FakeNode(), "b": FakeNode(words=["from b"])})
@@ -121,6 +123,26 @@ async def test_another_node_serves_when_the_first_cannot(make_world, stream, ref
     retried = [(event.node, event.reason) for event in world.recorder.of(RequestRetried)]
     assert retried == [("a", refusal.code)]
     assert [(event.node, event.outcome) for event in ended(world)] == [("b", "ok")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_model_that_the_only_node_has_just_unloaded_is_no_typing_error(world, stream):
+    world.nodes["a"].refusal = UnknownModel("'m' is not loaded on this node.", param="model")
+    reply = await world.client.post(CHAT, json=world.chat(stream=stream))
+    error = reply.json()["error"]
+    assert (reply.status, error["code"], reply.headers["retry-after"]) == (503, "no_capacity", "5")
+    assert "not loaded on this node" in error["message"]
+
+
+async def test_a_node_that_has_unloaded_a_model_is_looked_at_before_its_turn(make_world):
+    world = await make_world(poll_interval_s=3600.0)
+    await world.gateway.start()
+    node = world.nodes["a"]
+    node.refusal = UnknownModel("'m' is not loaded on this node.")
+    del node.reports["m"]
+    assert (await world.client.post(CHAT, json=world.chat())).status == 503
+    while world.gateway.fleet.knows("m"):
+        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -207,6 +229,26 @@ async def test_a_model_that_is_only_in_the_catalogue_says_how_to_load_it(make_wo
     reply = await world.client.post(CHAT, json=world.chat("cold"))
     assert (reply.status, reply.json()["error"]["code"]) == (404, "model_not_loaded")
     assert "cortex load cold" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("model", ["absent", "cold"])
+async def test_what_is_there_is_not_known_before_every_node_has_answered_once(make_world, model):
+    late = FakeNode([model])
+    late.garbage = b"nonsense"
+    models = msgspec.convert({"models": [{"id": "cold"}]}, ModelsConfig)
+    world = await make_world({"a": FakeNode(), "b": late}, models=models)
+    reply = await world.client.post(CHAT, json=world.chat(model))
+    assert (reply.status, reply.json()["error"]["code"]) == (503, "no_capacity")
+    assert reply.headers["retry-after"] == "5"
+    assert f"'{model}'" in reply.json()["error"]["message"]
+    assert "b has not answered yet" in reply.json()["error"]["message"]
+    assert (await world.client.get("/v1/models/absent")).status == 503
+    late.garbage = None
+    await world.poll()
+    assert (await world.client.post(CHAT, json=world.chat(model))).status == 200
+    world.network.kill("http://b:13131")
+    await world.poll()
+    assert (await world.client.post(CHAT, json=world.chat("typo"))).status == 404
 
 
 async def test_the_times_of_a_stream_are_measured_from_its_arrival(world):

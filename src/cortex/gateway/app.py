@@ -73,10 +73,18 @@ def build_gateway(
     observers = Observers([metrics, *plugins.observers.values()])
     access = Access({key.name: key.key for key in config.keys}, allow_anonymous=section.allow_anonymous)
     listing = Listing(fleet, catalogue)
-    serving = Serving(fleet, catalogue, observers, clock=clock, idle_timeout=section.idle_timeout_s)
+    poller = Poller(fleet, observers, interval=section.poll_interval_s)
+    serving = Serving(
+        fleet,
+        catalogue,
+        observers,
+        clock=clock,
+        idle_timeout=section.idle_timeout_s,
+        look_soon=poller.look_soon,
+    )
     routes = [
         *_dialect_routes(plugins.dialects.values(), serving, listing, access),
-        *_own_routes(listing, Operator(fleet), access),
+        *_own_routes(listing, Operator(fleet, poller.poll), access),
     ]
     app = Service(
         routes,
@@ -89,7 +97,7 @@ def build_gateway(
     return Gateway(
         app,
         Service([scrape], clock=clock, name="metrics"),
-        Poller(fleet, observers, interval=section.poll_interval_s),
+        poller,
         pool,
         fleet,
     )

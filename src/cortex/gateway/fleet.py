@@ -22,6 +22,8 @@ class Node:
         self.client = client
         self.name = client.name
         self.up = False
+        self.seen = False
+        """It has answered a poll since this gateway runs."""
         self.misses = 0
         self.detail: str | None = "not polled yet"
         self.discovery: Discovery | None = None
@@ -63,7 +65,7 @@ class Fleet:
     def saw_models(self, node: Node, models: Sequence[ModelReport]) -> bool:
         """A good poll. Returns True if the node was lost until now."""
         returned = not node.up
-        node.up, node.misses, node.detail = True, 0, None
+        node.up, node.seen, node.misses, node.detail = True, True, 0, None
         node.models = {report.id: report for report in models}
         self._index()
         return returned

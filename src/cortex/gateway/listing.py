@@ -9,7 +9,7 @@ from typing import Any
 
 from cortex.gateway.catalogue import Catalogue, Entry
 from cortex.gateway.fleet import Fleet, Node
-from cortex.wire.errors import UnknownModel
+from cortex.gateway.placement import why_unknown
 from cortex.wire.node import Limit, ModelCard, ModelReport, NodeView
 
 
@@ -28,12 +28,10 @@ class Listing:
         return list(cards.values())
 
     def card(self, name: str) -> ModelCard:
-        """One model or alias. Raises UnknownModel."""
+        """One model or alias. Raises UnknownModel, or NoCapacity while a node has never answered."""
         target = self._catalogue.resolve(name)
         if not self._fleet.knows(target) and target not in self._catalogue.entries:
-            raise UnknownModel(
-                f"There is no model {name!r} here. GET /v1/models lists those that there are.", param="model"
-            )
+            raise why_unknown(self._fleet, name)
         return self._card_of(target, name if name != target else None)
 
     def _card_of(self, model_id: str, alias: str | None = None) -> ModelCard:

@@ -1,12 +1,13 @@
 """What an operator asks of single nodes through the gateway: load and unload, forwarded as they are.
 
-Decides nothing: the node does, and its answer passes through.
+Decides nothing: the node does, and its answer passes through, after a look at what has become of the node.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Final
 
 from cortex.gateway.fleet import Fleet, Node
@@ -18,10 +19,15 @@ from cortex.wire.errors import UnknownRoute, from_reply, to_bytes
 LOAD_IDLE_TIMEOUT_S: Final = 1800.0
 """A load that is asked for without progress events says nothing until it is done."""
 
+LAST_EVENTS: Final = ("loaded", "error")
+"""How a load with progress events ends, see LoadEvent."""
+
 
 class Operator:
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, look: Callable[[Node], Awaitable[None]]) -> None:
+        """`look` polls a node: whoever hears that an order is done may act on it with the next request."""
         self._fleet = fleet
+        self._look = look
 
     async def load(self, request: Request) -> Response | EventStream:
         return await self._forward(request, "/models/load")
@@ -36,9 +42,11 @@ class Operator:
         accept = request.headers.get("accept", "application/json")
         reply = await node.client.forward(path, body, accept, LOAD_IDLE_TIMEOUT_S)
         if reply.headers.get("content-type", "").startswith("text/event-stream"):
-            return EventStream(_events(reply), fail=lambda error: sse.encode(to_bytes(error)))
+            events = _events(reply, partial(self._look, node))
+            return EventStream(events, fail=lambda error: sse.encode(to_bytes(error)))
         async with reply:
             answer = await reply.read()
+        await self._look(node)
         if reply.status >= 400:
             raise from_reply(reply.status, answer, reply.headers.get("retry-after"))
         return Response(answer, reply.status)
@@ -51,10 +59,13 @@ class Operator:
         return node
 
 
-async def _events(reply: Reply) -> AsyncGenerator[bytes, None]:
-    """Whole events only, so that an error at the end cannot fuse with half a one."""
+async def _events(reply: Reply, look: Callable[[], Awaitable[None]]) -> AsyncGenerator[bytes, None]:
+    """Whole events only, so that an error at the end cannot fuse with half a one; a look before the last."""
     decoder = sse.Decoder()
     async with reply, aclosing(reply.chunks()) as chunks:
         async for chunk in chunks:
-            if data := b"".join(event.raw for event in decoder.feed(chunk)):
+            events = decoder.feed(chunk)
+            if any(event.event in LAST_EVENTS for event in events):
+                await look()
+            if data := b"".join(event.raw for event in events):
                 yield data

@@ -1,11 +1,11 @@
-"""Which node serves a request: a pure choice over what is known. Asks nobody and changes nothing."""
+"""Which node serves a request, or why none does: purely from what is known. Asks nobody, changes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from cortex.gateway.fleet import Node
-from cortex.wire.errors import CortexError, NoCapacity
+from cortex.gateway.fleet import Fleet, Node
+from cortex.wire.errors import CortexError, NoCapacity, UnknownModel
 from cortex.wire.node import ModelReport
 
 RETRY_S = 5
@@ -35,6 +35,23 @@ def _rank(report: ModelReport) -> int | None:
     if report.status == "loaded":
         return 0 if report.servable.ok else None
     return {"loading": 1, "failed": 2}.get(report.status)
+
+
+def why_unknown(fleet: Fleet, name: str, missing: UnknownModel | None = None) -> CortexError:
+    """What is said of a model that no node has reported: `missing`, or that there is none of that `name`.
+
+    As long as a node has never answered nobody knows that: it may be the one that has the model.
+    """
+    unseen = [node.name for node in fleet.nodes.values() if not node.seen]
+    if unseen:
+        return NoCapacity(
+            f"No node has reported the model {name!r}, and {', '.join(unseen)} has not answered yet. "
+            f"Try again, or look at `cortex status`.",
+            retry_after=RETRY_S,
+        )
+    return missing or UnknownModel(
+        f"There is no model {name!r} here. GET /v1/models lists those that there are.", param="model"
+    )
 
 
 def why_not(replicas: Sequence[Node], model_id: str) -> CortexError:

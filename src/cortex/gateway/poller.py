@@ -15,7 +15,7 @@ from cortex.gateway.fleet import MISSES_UNTIL_LOST, Fleet, Node
 from cortex.gateway.node import POLL_TIMEOUT_S
 from cortex.gateway.observe import Observers
 from cortex.hookspecs import NodePolled
-from cortex.wire.errors import CortexError, NodeLost
+from cortex.wire.errors import CortexError
 from cortex.wire.node import Health
 
 log: Final = logging.getLogger("cortex.poller")
@@ -37,6 +37,8 @@ class Poller:
         self._sleep = sleep
         self._first_look = first_look
         self._tasks: list[asyncio.Task[None]] = []
+        self._looks = {name: asyncio.Lock() for name in fleet.nodes}
+        self._wanted = {name: asyncio.Event() for name in fleet.nodes}
 
     async def start(self) -> None:
         """Polls in the background; returns once every node was looked at, or after `first_look` seconds."""
@@ -63,10 +65,34 @@ class Poller:
             except Exception:  # a fault of ours must not end the polling of a node
                 log.exception("poll failed node=%s", node.name)
             looked.set()
-            await self._sleep(self._interval)
+            await self._rest(node)
+
+    async def _rest(self, node: Node) -> None:
+        """Until the next look is due or wanted."""
+        wanted = self._wanted[node.name]
+        due = asyncio.ensure_future(self._sleep(self._interval))
+        asked = asyncio.ensure_future(wanted.wait())
+        try:
+            await asyncio.wait({due, asked}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            due.cancel()
+            asked.cancel()
+        wanted.clear()
+
+    def look_soon(self, node: Node) -> None:
+        """The node is otherwise than it was last seen: do not wait for the next look that is due."""
+        self._wanted[node.name].set()
 
     async def poll(self, node: Node) -> None:
-        """One look at one node: models decide whether it is up; health and discovery may be missing."""
+        """One look at one node: models decide whether it is up; health and discovery may be missing.
+
+        Looks at the same node follow each other, so that the newest one says how it is.
+        """
+        async with self._looks[node.name]:
+            await self._poll(node)
+
+    async def _poll(self, node: Node) -> None:
+        known = node.detail
         try:
             async with asyncio.timeout(POLL_TIMEOUT_S):
                 models = await node.client.models()
@@ -75,6 +101,8 @@ class Poller:
             if self._fleet.missed(node, detail):
                 log.warning("node lost node=%s misses=%d detail=%r", node.name, node.misses, detail)
                 node.client.abort(f"node {node.name} missed {MISSES_UNTIL_LOST} polls: {detail}")
+            elif node.detail != known:
+                log.warning("node away node=%s detail=%r", node.name, detail)
         else:
             if self._fleet.saw_models(node, models):
                 log.info("node up node=%s models=%d", node.name, len(models))
@@ -89,7 +117,7 @@ class Poller:
                 if node.discovery is None:
                     node.version = await node.client.version()
                     node.discovery = await node.client.discovery()
-        except (NodeLost, TimeoutError) as error:
+        except (CortexError, TimeoutError) as error:
             log.info("no health node=%s detail=%r", node.name, str(error))
 
 

@@ -19,17 +19,26 @@ from cortex.gateway.auth import caller_of
 from cortex.gateway.catalogue import Catalogue
 from cortex.gateway.fleet import Fleet, Node
 from cortex.gateway.observe import Account, Observers
-from cortex.gateway.placement import choose, why_not
+from cortex.gateway.placement import RETRY_S, choose, why_not, why_unknown
 from cortex.hookspecs import Call, Dialect, Encoder, Incoming, Operation
 from cortex.web.asgi import EventStream, Request, Response
 from cortex.web.client import Reply
 from cortex.wire import sse
 from cortex.wire.chat import edit_top_level, peek
-from cortex.wire.errors import Busy, CortexError, LoadFailed, Loading, NodeLost, OverLimit, UnknownModel
+from cortex.wire.errors import (
+    Busy,
+    CortexError,
+    LoadFailed,
+    Loading,
+    NoCapacity,
+    NodeLost,
+    OverLimit,
+    UnknownModel,
+)
 
 log: Final = logging.getLogger("cortex.serve")
 
-ANOTHER_NODE_MAY_HELP: Final = (NodeLost, Busy, Loading, LoadFailed, OverLimit)
+ANOTHER_NODE_MAY_HELP: Final = (NodeLost, Busy, Loading, LoadFailed, OverLimit, UnknownModel)
 CLIENT_GONE: Final = 499
 """Nobody sees this status; nginx's number for it stands in the account."""
 ASK_FOR_USAGE: Final = {"stream_options": {"include_usage": True}}
@@ -46,8 +55,11 @@ class Serving:
         *,
         clock: Callable[[], float],
         idle_timeout: float,
+        look_soon: Callable[[Node], None],
     ) -> None:
+        """`look_soon` is called with a node that is otherwise than it was last seen."""
         self.fleet = fleet
+        self.look_soon = look_soon
         self._catalogue = catalogue
         self._observers = observers
         self._clock = clock
@@ -97,24 +109,29 @@ class Serving:
             account.model = model
         elif model in self._catalogue.entries:
             account.model = model
-            raise UnknownModel(
+            cold = UnknownModel(
                 f"The model {model!r} is in the catalogue but no node has loaded it. Load it with "
                 f"`cortex load {model}`.",
                 code="model_not_loaded",
                 param="model",
             )
+            raise why_unknown(self.fleet, model, cold)
         else:
-            raise UnknownModel(
-                f"There is no model {call.model!r} here. GET /v1/models lists those that there are.",
-                param="model",
-            )
+            raise why_unknown(self.fleet, call.model)
         return msgspec.structs.replace(call, served_model=model)
 
     def next_node(self, model: str, tried: set[str], last: CortexError | None) -> Node:
-        """The next node to ask. Raises the last node's refusal, or why there is none to ask."""
+        """The next node to ask. Raises the last node's refusal, or why there is none to ask.
+
+        A node that has the model no more is asked on an old report: the client hears that none serves it now.
+        """
         replicas = self.fleet.replicas(model)
         node = choose(replicas, model, tried)
         if node is None:
+            if isinstance(last, UnknownModel):
+                last = NoCapacity(
+                    f"No node serves the model {model!r} any more: {last.message}", retry_after=RETRY_S
+                )
             raise last or why_not(replicas, model)
         tried.add(node.name)
         return node
@@ -156,7 +173,7 @@ class Relay:
                 self._read_along(node, answer)
                 rendered = self._dialect.render(self._call, answer)
             except ANOTHER_NODE_MAY_HELP as error:
-                self._log_refusal(node, error)
+                self._refused(node, error)
                 refusal = error
                 continue
             self._account.settle("ok", 200)
@@ -202,7 +219,7 @@ class Relay:
             except ANOTHER_NODE_MAY_HELP as error:
                 if sent:
                     raise
-                self._log_refusal(node, error)
+                self._refused(node, error)
                 refusal = error
 
     async def _events_of(self, node: Node, body: bytes, encoder: Encoder) -> AsyncGenerator[bytes, None]:
@@ -236,7 +253,9 @@ class Relay:
         self._request.log["node"] = node.name
         return node
 
-    def _log_refusal(self, node: Node, error: CortexError) -> None:
+    def _refused(self, node: Node, error: CortexError) -> None:
+        if isinstance(error, UnknownModel):
+            self._serving.look_soon(node)
         log.info("node refused id=%s node=%s error=%r", self._request.id, node.name, error.message)
 
     def _body_for_node(self) -> bytes:

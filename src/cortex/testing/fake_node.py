@@ -6,7 +6,7 @@ For tests of whatever talks to nodes. Time passes only where the test holds a ga
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import msgspec
 
@@ -27,7 +27,16 @@ from cortex.wire.chat import (
     encode,
 )
 from cortex.wire.errors import CortexError, Internal, to_bytes
-from cortex.wire.node import Discovery, Health, Limit, LoadReply, ModelLoad, ModelReport, Version
+from cortex.wire.node import (
+    Discovery,
+    Health,
+    Limit,
+    LoadEvent,
+    LoadReply,
+    ModelLoad,
+    ModelReport,
+    Version,
+)
 
 
 class FakeNode:
@@ -55,6 +64,8 @@ class FakeNode:
         self.bodies: list[bytes] = []
         self.headers: list[dict[str, str]] = []
         self.orders: list[tuple[str, bytes]] = []
+        self.on_order: Callable[[], object] = lambda: None
+        """Called when a load or an unload has come in: what it does to the node."""
         self.running: list[str] = []
         self.cancelled: list[str] = []
         self.arrived = asyncio.Event()
@@ -92,11 +103,17 @@ class FakeNode:
     async def _version(self, request: Request) -> Response:
         return await self._answer(request, Version(package_version=__version__))
 
-    async def _order(self, request: Request) -> Response:
+    async def _order(self, request: Request) -> Response | EventStream:
         self.orders.append((request.path, await request.body()))
+        self.on_order()
         if self.refusal is not None:
             raise self.refusal
+        if "text/event-stream" in request.headers.get("accept", ""):
+            return EventStream(self._loaded(), fail=lambda error: sse.encode(to_bytes(error)))
         return await self._answer(request, LoadReply(status="loaded"))
+
+    async def _loaded(self) -> AsyncIterator[bytes]:
+        yield sse.encode(msgspec.json.encode(LoadEvent(event="loaded")), event="loaded")
 
     async def _answer(self, request: Request, value: object) -> Response:
         if request.path in self.silent:
