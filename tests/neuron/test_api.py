@@ -178,6 +178,8 @@ async def test_conflicts_of_unloading_have_their_codes(node: Any) -> None:
         ("/models/load", b'{"model_id": "m", "hold_s": -1}', "hold_s", "seconds"),
         ("/models/load", b'{"model_id": "m", "devices": ["GPU-7"]}', "devices", "no device 'GPU-7'"),
         ("/models/load", b'{"model_id": "m", "harness": "candle"}', "harness", "no engine 'candle'"),
+        ("/models/load", b'{"model_id": "m", "quant": ""}', "quant", "leave it out"),
+        ("/models/load", b'{"model_id": "m", "source": ""}', "source", "leave it out"),
         ("/models/load", b'{"model_id": "../m"}', "source", "no path under models_dir"),
         ("/models/load", b'{"model_id": "\xff"}', None, "JSON"),
         ("/models/unload", b'{"model_id": "m", "if_idle": 1}', "if_idle", "Expected `bool`"),

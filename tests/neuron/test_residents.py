@@ -19,6 +19,7 @@ from cortex.wire.errors import (
     BadRequest,
     Busy,
     Conflict,
+    CortexError,
     LoadFailed,
     NoCapacity,
     OverLimit,
@@ -441,6 +442,49 @@ async def test_what_a_load_says_replaces_what_was_said_before_in_another_way(
     await node.residents.ensure(request(**now))
     (plan,) = [model.plan for model in node.factory.live]
     assert (plan.order.quant, plan.order.dtype, plan.order.tensor_parallel) == loaded
+
+
+@pytest.mark.parametrize("how", ["refused", "failed", "ended", "left alone"])
+@pytest.mark.parametrize("default", [True, False])
+async def test_only_a_load_that_succeeds_changes_what_is_known_of_a_model(how: str, default: bool) -> None:
+    node = Node(defaults=("m",) if default else ())
+    await node.residents.ensure(request(source="of m"))
+    await node.residents.unload("m")
+    if how == "refused":
+        node.missing.add("typo")
+    elif how == "failed":
+        node.factory.refusal = LoadFailed("The disk is full.")
+    else:
+        node.gate.clear()
+    order = asyncio.create_task(node.residents.ensure(request(source="typo", quant="int8", memory_mb=7)))
+    if how in ("ended", "left alone"):
+        await node.loading()
+        if how == "left alone":
+            order.cancel()
+        else:
+            await node.residents.unload("m")
+    with pytest.raises((CortexError, asyncio.CancelledError)):
+        await order
+    node.gate.set()
+    node.factory.refusal = None
+    await node.clock.advance(60)
+    report = await node.residents.ensure(request())
+    assert (node.located[-1], report.vram_used_mb) == ("of m", 64)
+    (plan,) = [model.plan for model in node.factory.live]
+    assert plan.order.quant is None
+    await node.residents.stop()
+
+
+async def test_of_a_model_that_never_loaded_only_the_last_order_is_known(node: Node) -> None:
+    node.factory.refusal = LoadFailed("The disk is full.")
+    for order in ({"source": "there", "quant": "int8"}, {"source": "here"}):
+        with pytest.raises(LoadFailed):
+            await node.residents.ensure(request(**order))
+    node.factory.refusal = None
+    await node.clock.advance(60)
+    async with node.residents.lease("m", "r") as served:
+        assert served.plan.order.quant is None
+    assert node.located == ["there", "here", "here"]
 
 
 async def test_an_engine_that_fails_oddly_fails_only_its_load(node: Node) -> None:

@@ -172,6 +172,9 @@ class NodeApi:
             value = getattr(order, name)
             if value is not None and value < 1:
                 raise BadRequest(f"{name} must be at least 1.", param=name)
+        for name in ("harness", "quant", "dtype", "source"):
+            if getattr(order, name) == "":
+                raise BadRequest(f"{name} is empty: leave it out where there is nothing to say.", param=name)
         if order.hold_s is not None and not 0 <= order.hold_s < float("inf"):
             raise BadRequest("hold_s must be a number of seconds.", param="hold_s")
         if "text/event-stream" in request.headers.get("accept", ""):

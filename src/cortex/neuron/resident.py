@@ -51,6 +51,7 @@ class Resident:
 
     def __init__(self, request: LoadRequest, admission: Admission, *, configured: bool) -> None:
         self.request = request
+        """What is known of it: as it was loaded last, or as it is configured."""
         self.admission = admission
         self.configured = configured
         """One of the node's default models, which is known whatever becomes of it."""
@@ -77,6 +78,11 @@ class Resident:
     @property
     def status(self) -> Status:
         return self._status
+
+    @property
+    def is_stranger(self) -> bool:
+        """A name that was never a model here, only asked for."""
+        return not (self.configured or self.was_loaded)
 
     @property
     def requests(self) -> list[str]:

@@ -106,10 +106,11 @@ class Residents:
                 return resident.report()
             if await self._ending(entry):
                 continue
-            if entry.load is None:
+            load = entry.load
+            if load is None:
                 resident.forget_failures()
-                resident.request = _merged(request, resident.request)
-            loaded = await (entry.load or self._begin(entry)).join(report)
+                load = self._begin(entry, self._order(request, resident))
+            loaded = await load.join(report)
             resident.hold(request.hold_s, now=self._clock())
             return loaded
 
@@ -181,7 +182,17 @@ class Residents:
         entry = self._entries[request.model_id] = _Entry(resident)
         return entry
 
-    def _begin(self, entry: _Entry) -> SharedLoad:
+    def _order(self, request: LoadRequest, resident: Resident) -> LoadRequest:
+        """What to load the model by. Of one that never was one here, nothing is known but what orders said
+        that failed: the newest one counts, and a request that tries again goes by it.
+        """
+        if resident.is_stranger:
+            harness = self._loader.harness(request.harness)
+            resident.request = msgspec.structs.replace(request, harness=harness)
+        return _merged(request, resident.request)
+
+    def _begin(self, entry: _Entry, request: LoadRequest) -> SharedLoad:
+        """Load the model by `request`, which is what is known of it from when that has succeeded."""
         resident = entry.resident
         failure = resident.error if resident.status == "failed" else None
 
@@ -189,8 +200,8 @@ class Residents:
             resident.progress = progress
             load.tell(progress)
 
-        task = asyncio.create_task(self._loader.load(resident.request, tell))
-        load = entry.load = SharedLoad(task, self._clock())
+        task = asyncio.create_task(self._loader.load(request, tell))
+        load = entry.load = SharedLoad(request, task, self._clock())
         entry.unload.clear()
         resident.move("loading")
         entry.life = asyncio.create_task(
@@ -223,7 +234,7 @@ class Residents:
             if entry.load is None:
                 resident.check_retry(now=self._clock())
             try:
-                await (entry.load or self._begin(entry)).join(ignore)
+                await (entry.load or self._begin(entry, resident.request)).join(ignore)
             except Conflict as error:
                 raise NoCapacity(error.message, code=error.code, details=error.details) from error
         return resident.served
@@ -251,6 +262,7 @@ class Residents:
         if error is None:
             seconds = self._clock() - load.started
             served = load.task.result()
+            resident.request = load.request
             resident.loaded(served, now=self._clock(), wall=self._wall(), seconds=seconds)
             served.model.watch(partial(self._stepped, resident, served))
             self._on_loaded(resident.model_id, seconds)
@@ -259,7 +271,7 @@ class Residents:
             return served
         if not isinstance(error, CortexError):
             _log.error("engine failed model=%s", resident.model_id, exc_info=error)
-            error = LoadFailed(f"The engine {resident.request.harness} failed: {error!r}.")
+            error = LoadFailed(f"The engine {load.request.harness} failed: {error!r}.")
         _log.warning("not loaded model=%s error=%s", resident.model_id, error.message)
         if error.status < 500 and not resident.configured:
             resident.as_before(failure)
@@ -302,7 +314,7 @@ class Residents:
 
     def _forget_stranger(self, resident: Resident) -> None:
         """Keep no record of a name that was never a model here."""
-        if resident.status == "unloaded" and not (resident.configured or resident.was_loaded):
+        if resident.status == "unloaded" and resident.is_stranger:
             self._entries.pop(resident.model_id, None)
 
     def _refuse_when_stopping(self) -> None:

@@ -10,7 +10,7 @@ import asyncio
 from cortex.neuron.references import Report
 from cortex.neuron.resident import Served
 from cortex.wire.errors import CortexError
-from cortex.wire.node import ModelReport, Progress
+from cortex.wire.node import LoadRequest, ModelReport, Progress
 
 
 def ignore(progress: Progress) -> None:
@@ -18,9 +18,10 @@ def ignore(progress: Progress) -> None:
 
 
 class SharedLoad:
-    """One load under way and those who wait for it."""
+    """One load under way by `request`, and those who wait for it."""
 
-    def __init__(self, task: asyncio.Task[Served], started: float) -> None:
+    def __init__(self, request: LoadRequest, task: asyncio.Task[Served], started: float) -> None:
+        self.request = request
         self.task = task
         self.started = started
         self.outcome: asyncio.Future[ModelReport] = asyncio.get_running_loop().create_future()
