@@ -167,7 +167,7 @@ async def test_default_models_wait_for_themselves(node: Node) -> None:
     visitor.cancel()
     await settle()
     assert (activator.state.state, activator.state.in_progress) == ("pre_warming", ["a"])
-    assert node.status("b") == "unloaded"
+    assert node.status("b") == "loading", "as far as others are concerned"
     node.gate.set()
     node.ledger.grant("in the way", {"cpu": 30 * MIB})
     await running
@@ -179,6 +179,43 @@ async def test_default_models_wait_for_themselves(node: Node) -> None:
     assert (report.status, report.servable.ok) == ("failed", False)
     assert "No room for b" in (report.servable.detail or "")
     await node.residents.stop()
+
+
+async def test_a_request_for_a_default_model_does_not_wait_for_its_turn() -> None:
+    node = Node(defaults=("a", "b"), budget_mb=200)
+    node.gate.clear()
+    running = asyncio.create_task(Activator(node.residents, ["a", "b"]).run())
+    await node.loading()
+
+    async def use(model_id: str) -> None:
+        async with node.residents.lease(model_id, "r"):
+            pass
+
+    left = asyncio.create_task(use("b"))
+    await settle()
+    assert node.factory.loading == ["a", "b"]
+    left.cancel()
+    await settle()
+    assert node.factory.cancelled_loads == ["b"]
+    asked = asyncio.create_task(use("b"))  # its turn is still to come
+    await settle()
+    node.gate.set()
+    await asked
+    await running
+    assert [node.status(model_id) for model_id in ("a", "b")] == ["loaded", "loaded"]
+    await node.residents.unload("b")
+    with pytest.raises(UnknownModel, match="loaded: a; can be loaded: b"):
+        await use("b")
+    await node.residents.stop()
+
+
+async def test_a_default_model_that_is_unloaded_before_its_turn_is_not_loaded_by_requests() -> None:
+    node = Node(defaults=("a",))
+    Activator(node.residents, ["a"])
+    await node.residents.unload("a")
+    with pytest.raises(UnknownModel, match="can be loaded: a"):
+        async with node.residents.lease("a", "r"):
+            pass
 
 
 async def test_a_held_model_is_not_unloaded(node: Node) -> None:

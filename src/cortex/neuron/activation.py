@@ -1,4 +1,7 @@
-"""Loads the node's default models at start, one after the other, and tells how far that is."""
+"""Loads the node's default models at start, one after the other, and tells how far that is.
+
+One that is asked for before its turn is loaded at once, by the request that asks.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ class Activator:
 
     def __init__(self, residents: Residents, model_ids: Sequence[str]) -> None:
         self._residents = residents
+        residents.expect(model_ids)
         self.state = Activation(state="pre_warming" if model_ids else "ready", pending=list(model_ids))
 
     async def run(self) -> None:

@@ -55,6 +55,8 @@ class Resident:
         self.admission = admission
         self.configured = configured
         """One of the node's default models, which is known whatever becomes of it."""
+        self.pending = False
+        """Its load is expected: requests wait for it as for one that is loading."""
         self.was_loaded = False
         self.served: Served | None = None
         self.step: EngineStep | None = None
@@ -80,6 +82,11 @@ class Resident:
         return self._status
 
     @property
+    def outward(self) -> Status:
+        """The status as others see it: who asks for what is pending waits for a load."""
+        return "loading" if self.pending and self._status == "unloaded" else self._status
+
+    @property
     def is_stranger(self) -> bool:
         """A name that was never a model here, only asked for."""
         return not (self.configured or self.was_loaded)
@@ -102,6 +109,7 @@ class Resident:
 
     def loaded(self, served: Served, *, now: float, wall: float, seconds: float) -> None:
         self.move("loaded")
+        self.pending = False
         self.served = served
         self.step = None
         self.was_loaded = True
@@ -120,6 +128,7 @@ class Resident:
         wait = 0.0 if died and self._failures == 1 else min(MAX_BACKOFF_S, 2.0 ** (self._failures - 1))
         self._retry_at = now + wait
         self.move("failed")
+        self.pending = False
         self.error = error
 
     def as_before(self, error: CortexError | None) -> None:
@@ -216,7 +225,7 @@ class Resident:
         report = ModelReport(
             id=self.model_id,
             harness=self.request.harness or "",
-            status=self._status,
+            status=self.outward,
             in_flight=len(self._guests),
             load_seconds=self.load_seconds,
             last_used=self._last_used_wall,
@@ -240,4 +249,4 @@ class Resident:
         if self._status == "loaded":
             return Servable()
         detail = self.error.message if self.error else None
-        return Servable(ok=False, reason=self._status, detail=detail)
+        return Servable(ok=False, reason=self.outward, detail=detail)

@@ -92,6 +92,13 @@ class Residents:
 
     # --- what others ask for ---
 
+    def expect(self, model_ids: Iterable[str]) -> None:
+        """Somebody is going to load these default models, each in its turn: until then requests for one
+        begin its load themselves.
+        """
+        for model_id in model_ids:
+            self._entries[model_id].resident.pending = True
+
     async def ensure(self, request: LoadRequest, report: Report = ignore) -> ModelReport:
         """Returns when the model is loaded; one load serves all who ask meanwhile.
 
@@ -123,6 +130,7 @@ class Residents:
         if entry is None:
             raise self._unknown(model_id)
         resident = entry.resident
+        resident.pending = False
         if resident.status in ("loading", "loaded"):
             resident.check_unload(if_idle=if_idle, now=self._clock())
         if entry.life is not None:
@@ -142,11 +150,12 @@ class Residents:
     ) -> AsyncIterator[Served]:
         """The model, for one request of `caller` with `places` sequences, for as long as the context lasts.
 
-        A model that is loading is waited for; one that failed is loaded again, after a rest that grows.
+        A model that is loading is waited for; a default model whose turn at start has not come is loaded
+        now; one that failed is loaded again, after a rest that grows.
         Raises UnknownModel, OverLimit, Busy, BadRequest (for `places`), LoadFailed, NoCapacity.
         """
         entry = self._entries.get(model_id)
-        if entry is None or entry.resident.status == "unloaded":
+        if entry is None or entry.resident.outward == "unloaded":
             raise self._unknown(model_id)
         resident = entry.resident
         token = object()
@@ -225,7 +234,7 @@ class Residents:
         resident = entry.resident
         while resident.status != "loaded" or resident.served is None:
             self._refuse_when_stopping()
-            if resident.status == "unloaded":
+            if resident.outward == "unloaded":
                 raise self._unknown(resident.model_id)
             if resident.status == "draining":
                 raise Busy(f"{resident.model_id} is being unloaded.", code="draining", retry_after=1)
@@ -326,7 +335,7 @@ class Residents:
         listed = [
             f"{words}: {', '.join(names)}"
             for words, statuses in _IN_WORDS.items()
-            if (names := [resident.model_id for resident in known if resident.status in statuses])
+            if (names := [resident.model_id for resident in known if resident.outward in statuses])
         ]
         return UnknownModel(
             f"{model_id!r} is not loaded on this node ({'; '.join(listed) or 'nothing is'}). "
