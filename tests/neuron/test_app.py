@@ -83,6 +83,24 @@ async def test_stopping_midway_through_a_default_load_ends_it(tmp_path: Path) ->
     assert factory.cancelled_loads == ["m"]
 
 
+async def test_a_node_that_ends_answers_for_what_still_runs(node: Any) -> None:
+    """A gateway that took it for gone would break the streams that it lets end."""
+    engine = await node.load()
+    gate = asyncio.Semaphore(1)
+    engine.before_step = lambda request_id, step: gate.acquire()
+    async with node.ask(stream=True) as exchange:
+        await exchange.chunk()
+        node.neuron.drain()
+        for path in ("/health", "/models"):
+            assert (await node.client.get(path)).status == 200
+        for reply in (await node.chat(), await node.client.post("/models/load", json={"model_id": "n"})):
+            assert (reply.status, reply.json()["error"]["code"]) == (503, "stopping")
+            assert reply.headers["retry-after"] == "15"
+        engine.before_step = None
+        gate.release()
+        assert (await exchange.reply()).body.endswith(b"data: [DONE]\n\n")
+
+
 async def test_stopping_without_a_start_is_fine(tmp_path: Path) -> None:
     factory = ScriptedFactory()
     await build_neuron(

@@ -54,12 +54,14 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def running(*apps, drain_s=5.0):
+async def running(*apps, drain_s=5.0, on_stop=None):
     """The apps on ports of their own; gives their URLs, the event that stops them, and the server's task."""
     stop = asyncio.Event()
     ready = asyncio.get_running_loop().create_future()
     listeners = [("127.0.0.1:0", app) for app in apps]
-    server = asyncio.create_task(serve(listeners, stop=stop, on_ready=ready.set_result, drain_s=drain_s))
+    server = asyncio.create_task(
+        serve(listeners, stop=stop, on_ready=ready.set_result, on_stop=on_stop, drain_s=drain_s)
+    )
     try:
         addresses = await ready
         yield [f"http://{address}" for address in addresses], stop, server
@@ -205,9 +207,32 @@ async def test_stopping_lets_running_requests_end(pool):
             await post(pool, url + "/echo")
 
 
-async def test_stopping_waits_only_so_long(pool, caplog):
+async def test_who_refuses_what_is_new_by_itself_is_reached_until_the_last_request_has_ended(pool):
+    node, told = Node(), asyncio.Event()
+    async with running(node.app, on_stop=told.set) as ((url,), stop, server):
+        assert await post(pool, url + "/echo") == (200, b"")
+        node.turn.release()
+        async with await pool.request("POST", url + "/stream") as reply:
+            chunks = reply.chunks()
+            await anext(chunks)
+            stop.set()
+            await told.wait()
+            for _ in range(2):  # on a new connection, which is kept for the next time
+                assert await post(pool, url + "/echo", b"?") == (200, b"?")
+            assert "idle=1" in repr(pool)
+            for _ in range(2):
+                node.turn.release()
+            assert b"".join([chunk async for chunk in chunks]) == b"data: 1\n\ndata: 2\n\n"
+        async with asyncio.timeout(2.0):
+            await server
+        with pytest.raises(NodeLost, match="Cannot connect"):
+            await post(pool, url + "/echo")
+
+
+@pytest.mark.parametrize("on_stop", [None, lambda: None])
+async def test_stopping_waits_only_so_long(pool, caplog, on_stop):
     node = Node()
-    async with running(node.app, drain_s=0.05) as ((url,), stop, server):
+    async with running(node.app, drain_s=0.05, on_stop=on_stop) as ((url,), stop, server):
         node.turn.release()
         async with await pool.request("POST", url + "/stream") as reply:
             chunks = reply.chunks()

@@ -41,6 +41,8 @@ class Daemon(NamedTuple):
     start: Callable[[], Awaitable[None]]
     stop: Callable[[], Awaitable[None]]
     listeners: Sequence[tuple[str, ASGIApp]]
+    drain: Callable[[], None] | None = None
+    """Refuses what is new while what runs may end; without it nobody is listened to any more by then."""
 
 
 @click.command("serve")
@@ -76,7 +78,7 @@ def neuron_command(path: Path | None) -> None:
     def build() -> Daemon:
         config = load_neuron(path)
         neuron = build_neuron(config)
-        return Daemon("neuron", neuron.start, neuron.stop, [(config.listen, neuron.app)])
+        return Daemon("neuron", neuron.start, neuron.stop, [(config.listen, neuron.app)], neuron.drain)
 
     run_daemon(build)
 
@@ -126,7 +128,7 @@ async def _live(build: Callable[[], Daemon]) -> None:
 
     try:
         if await finished_before(stop, daemon.start()):
-            await serve(daemon.listeners, stop=stop, on_ready=ready)
+            await serve(daemon.listeners, stop=stop, on_ready=ready, on_stop=daemon.drain)
     finally:
         notify(STOPPING)
         await daemon.stop()

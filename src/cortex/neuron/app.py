@@ -70,6 +70,12 @@ class Neuron:
         for name, work in self._background().items():
             self._tasks.append(asyncio.create_task(work, name=name))
 
+    def drain(self) -> None:
+        """The end has begun: refuse what is new, let requests go on. `stop` comes when they have ended."""
+        for task in self._tasks:
+            task.cancel()
+        self._residents.refuse_new()
+
     async def stop(self) -> None:
         """Refuse what is new, drain briefly, end every process. Also after a start that failed."""
         for task in self._tasks:

@@ -154,6 +154,7 @@ class Residents:
         now; one that failed is loaded again, after a rest that grows.
         Raises UnknownModel, OverLimit, Busy, BadRequest (for `places`), LoadFailed, NoCapacity.
         """
+        self._refuse_when_stopping()
         entry = self._entries.get(model_id)
         if entry is None or entry.resident.outward == "unloaded":
             raise self._unknown(model_id)
@@ -168,9 +169,13 @@ class Residents:
             if not resident.requests:
                 entry.idle.set()
 
+    def refuse_new(self) -> None:
+        """Requests and loads that come from now on are refused; those that are here go on."""
+        self._stopping = True
+
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuse what is new, give requests `drain_s` seconds to end, then end every model."""
-        self._stopping = True
+        self.refuse_new()
         lives = {entry.life for entry in self._entries.values() if entry.life is not None}
         for entry in self._entries.values():
             if entry.load is not None:

@@ -8,10 +8,11 @@ accepting and ending connections are done here, around hypercorn's class for one
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, Final, cast
 
 from hypercorn.app_wrappers import ASGIWrapper
@@ -34,18 +35,25 @@ _FINAL_HEAD: Final = (b"HTTP/1.1 2", b"HTTP/1.1 3", b"HTTP/1.1 4", b"HTTP/1.1 5"
 _log: Final = logging.getLogger("cortex.web")
 
 
-async def listen(sock: socket.socket, app: ASGIApp, stop: asyncio.Event, drain_s: float) -> None:
-    """Accept connections until `stop`; then close the idle ones, and give the others `drain_s` seconds."""
+async def listen(
+    sock: socket.socket, app: ASGIApp, stop: asyncio.Event, drain_s: float, *, lingers: bool = False
+) -> None:
+    """Accept connections until `stop`; then close the idle ones, and give the others `drain_s` seconds.
+
+    With `lingers` new connections are accepted, and served, for as long as those others take.
+    """
     config, serving = _config(), Serving()
     wrapped = ASGIWrapper(cast(ASGIFramework, app))
     connections: set[asyncio.Task[Any]] = set()
+    late_serving = Serving()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = cast("asyncio.Task[Any]", asyncio.current_task())
         connections.add(task)
         task.add_done_callback(connections.discard)
         try:
-            await ServedConnection(wrapped, config, serving, reader, writer)
+            shared = late_serving if stop.is_set() else serving
+            await ServedConnection(wrapped, config, shared, reader, writer)
         except (OSError, BaseExceptionGroup) as error:
             if not _only_lost(error):
                 raise
@@ -59,13 +67,25 @@ async def listen(sock: socket.socket, app: ASGIApp, stop: asyncio.Event, drain_s
     try:
         await stop.wait()
     finally:
-        server.close()
+        if not lingers:
+            server.close()
         await serving.end()
-        if connections:
-            _, late = await asyncio.wait(connections, timeout=drain_s)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                await _ended(connections)
+                server.close()
+                await late_serving.end()
+                await _ended(connections)
+        server.close()
+        for task in connections:
+            task.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
+
+
+async def _ended(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Returns when all that there are now have ended."""
+    if tasks:
+        await asyncio.wait(list(tasks))
 
 
 class Serving(WorkerContext):
