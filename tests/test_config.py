@@ -1,5 +1,7 @@
 """Configuration: files as users have them load, and every mistake is one line that helps."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,10 +47,22 @@ def test_the_file_that_users_have_loads(write):
 
 
 @pytest.mark.parametrize("seconds", ["inf", "nan", "0.0", "-1.0", "86401.0"])
-def test_a_watchdog_is_a_time_that_can_pass(write, seconds):
-    path = write(f"[harness.torch]\nwatchdog_s = {seconds}", "neuron.toml")
-    with pytest.raises(ConfigError, match=r"harness\.torch\.watchdog_s"):
-        load_neuron(path, {})
+@pytest.mark.parametrize(
+    ("load", "section", "key"),
+    [
+        (load_neuron, "harness.torch", "watchdog_s"),
+        (load_gateway, "gateway", "poll_interval_s"),
+        (load_gateway, "gateway", "idle_timeout_s"),
+    ],
+)
+def test_a_time_is_one_that_can_pass(write, load, section, key, seconds):
+    with pytest.raises(ConfigError, match=re.escape(f"{section}.{key}")):
+        load(write(f"[{section}]\n{key} = {seconds}"), {})
+
+
+def test_a_gateway_takes_bodies(write):
+    with pytest.raises(ConfigError, match=r"gateway\.body_limit_mb: .*>= 1"):
+        load_gateway(write("[gateway]\nbody_limit_mb = 0"), {})
 
 
 def test_without_a_file_there_are_defaults():
@@ -99,6 +113,15 @@ def test_the_environment_wins(write):
         ("[admission]\nmax_running = 0", ["admission.max_running", ">= 1"]),
         ("[admission]\nmax_waiting = -1", ["admission.max_waiting", ">= 0"]),
         ("[admission]\nmax_wait_s = -0.5", ["admission.max_wait_s", ">= 0"]),
+        ("[admission]\nmax_wait_s = nan", ["admission.max_wait_s", "0"]),
+        ("[admission]\nmax_wait_s = inf", ["admission.max_wait_s", "86400"]),
+        ("body_limit_mb = -1", ["body_limit_mb", ">= 1"]),
+        ("memory_limit_mb = 0", ["memory_limit_mb", ">= 1"]),
+        ("[harness.torch]\nthreads = 0", ["harness.torch.threads", ">= 1"]),
+        ('[[default_models]]\nmodel_id = ""', ["default_models[0].model_id", "length >= 1"]),
+        ('[[default_models]]\nmodel_id = "m"\nquant = ""', ["default_models[0].quant", "length >= 1"]),
+        ('[[default_models]]\nmodel_id = "m"\nmemory_mb = 0', ["default_models[0].memory_mb", ">= 1"]),
+        ('[[default_models]]\nmodel_id = "m"\n' * 2, ["default_models", "'m' is used twice"]),
         ("[admission]\nmax_per_caller = 1.5", ["admission.max_per_caller", "`int`"]),
         ("[prefix_cache]\nenabled = 1", ["prefix_cache.enabled", "`bool`"]),
         ("[prefix_cache]\nenable = true", ["prefix_cache.enable", "'enabled'"]),

