@@ -35,6 +35,11 @@ def test_a_message_cannot_forge_a_record() -> None:
     assert LineFormatter().format(record).endswith(r"logger=x a\ntime=2026 level=error\r")
 
 
+def test_what_leads_a_terminal_is_written_out() -> None:
+    record = logging.makeLogRecord({"msg": "model=a\0b\x1b[2J\x9b\u2028 é\t€", "name": "x"})
+    assert LineFormatter().format(record).endswith(r"logger=x model=a\x00b\x1b[2J\x9b\u2028 é\t€")
+
+
 def test_a_traceback_follows_indented() -> None:
     try:
         raise ValueError("no")

@@ -58,6 +58,19 @@ async def test_a_stream_asks_for_usage_and_withholds_what_the_client_did_not_ask
     assert (event.prompt_tokens, event.completion_tokens, event.outcome) == (3, 2, "ok")
 
 
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        ({"include_usage": False, "vendor": [1]}, {"include_usage": True, "vendor": [1]}),
+        (None, {"include_usage": True}),
+    ],
+)
+async def test_asking_for_usage_leaves_the_other_options_of_a_stream(world, options, sent):
+    reply = await world.client.post(CHAT, json=world.chat(stream=True, stream_options=options))
+    assert b'"usage"' not in reply.body
+    assert msgspec.json.decode(world.nodes["a"].bodies[0])["stream_options"] == sent
+
+
 async def test_usage_that_was_asked_for_comes_and_the_body_is_untouched(world):
     body = msgspec.json.encode(world.chat(stream=True, stream_options={"include_usage": True}))
     reply = await world.client.post(CHAT, body=body)
@@ -80,6 +93,8 @@ async def test_an_alias_reaches_the_node_as_its_model_and_comes_back_as_itself(m
     ("body", "status", "code"),
     [
         (b"{", 400, "invalid_json"),
+        (b"[]", 400, "invalid_json"),
+        (b"null", 400, "invalid_json"),
         (b"{}", 400, "missing_model_field"),
         (b'{"model":"m"}', 400, "invalid_request"),
         (b'{"model":"absent","messages":[{}],"stream":%s}', 404, "model_not_found"),

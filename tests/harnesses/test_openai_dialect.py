@@ -60,7 +60,7 @@ def test_stream_and_usage_are_understood(body, stream, usage):
         (b"{nope", "invalid_json", None),
         (b'{"model":"m"', "invalid_json", None),
         (b"\xff\xfe", "invalid_json", None),
-        (b"[]", "invalid_request", None),
+        (b"[]", "invalid_json", None),
         (b'{"messages":[{}]}', "missing_model_field", "model"),
         (b'{"model":"","messages":[{}]}', "missing_model_field", "model"),
         (b'{"model":7,"messages":[{}]}', "invalid_request", "model"),

@@ -92,7 +92,7 @@ def test_every_option_and_argument_stands_in_its_section(name: str) -> None:
 def test_every_error_code_stands_with_its_status() -> None:
     statuses = {kind.__name__: kind.status for kind in errors.ERRORS}
     real = {(kind.default_code, kind.status) for kind in errors.ERRORS}
-    for name, classes in code.error_codes(SOURCES).items():
+    for name, classes in [*code.error_codes(SOURCES).items(), *code.own_codes(SOURCES).items()]:
         real |= {(name, statuses[kind]) for kind in classes if kind in statuses}
     found = [row for row in documents.rows(page("errors.md")) if row[0].startswith("`")]
     told = [(row[0].strip("`"), int(row[1])) for row in found]

@@ -157,7 +157,16 @@ def test_what_is_no_json_object_is_refused_as_such(body: bytes) -> None:
     for attempt in (lambda: decode(ChatRequest, body), lambda: edit_top_level(body, {})):
         with pytest.raises(BadRequest) as caught:
             attempt()
-        assert caught.value.status == 400
+        assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+        assert caught.value.param is None
+
+
+@pytest.mark.parametrize("body", [b'{"temperature":1e999}', b'{"x":[{"y":-1e999}]}'])
+def test_a_number_that_is_no_number_names_no_member(body: bytes) -> None:
+    with pytest.raises(BadRequest, match="out of range") as caught:
+        decode(ChatRequest, body)
+    assert caught.value.param is None
+    assert "[...]" not in caught.value.message
 
 
 @given(st.binary(max_size=60) | json_values.map(msgspec.json.encode))

@@ -261,10 +261,9 @@ class Relay:
     def _body_for_node(self) -> bytes:
         """The client's bytes; edited only for an alias, and to get the usage of a stream."""
         call = self._call
-        changes: dict[str, object] = {"model": call.served_model} if call.renamed else {}
-        if call.stream and not call.wants_usage:
-            changes |= ASK_FOR_USAGE
-        return edit_top_level(call.body, changes) if changes else call.body
+        changes = {"model": call.served_model} if call.renamed else {}
+        inside = ASK_FOR_USAGE if call.stream and not call.wants_usage else {}
+        return edit_top_level(call.body, changes, inside) if changes or inside else call.body
 
     def _read_along(self, node: Node, answer: bytes) -> None:
         """Usage for the account. Raises NodeLost if the answer is no JSON object."""

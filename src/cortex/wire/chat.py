@@ -7,6 +7,7 @@ the shape of the conversation only: ranges and meanings are checked by whoever a
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -206,12 +207,10 @@ def decode(kind: type[T], body: bytes) -> T:
         plain = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise unreadable(error) from None
-    if not isinstance(plain, dict):
-        raise BadRequest(f"The body must be a JSON object, not {_json_name(plain)}.", code="invalid_json")
     return convert(kind, plain)
 
 
-def convert(kind: type[T], plain: dict[str, Any]) -> T:
+def convert(kind: type[T], plain: Any) -> T:
     """As `decode`, from plain JSON values."""
     try:
         value = msgspec.convert(plain, kind)
@@ -228,7 +227,11 @@ def unreadable(error: Exception) -> BadRequest:
     if not isinstance(error, msgspec.ValidationError):
         return BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json")
     message, _, path = str(error).partition(" - at ")
+    if not path and message.startswith("Expected `object`, got"):
+        return BadRequest(f"The body must be a JSON object. {message}.", code="invalid_json")
     field = path.strip("`").removeprefix("$").lstrip(".") or None
+    if field and field.startswith("[...]"):
+        field = None  # the body was read as any JSON: msgspec says only that it is a member
     missing = re.search(r"missing required field `(\w+)`", message)
     if missing:
         field = f"{field}.{missing[1]}" if field else missing[1]
@@ -276,11 +279,6 @@ def _keep_unknown(value: Any, plain: Any) -> None:
     elif isinstance(value, list) and isinstance(plain, list) and value and isinstance(value[0], Open):
         for item, raw in zip(value, plain, strict=True):
             _keep_unknown(item, raw)
-
-
-def _json_name(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 class PeekDelta(msgspec.Struct):
@@ -339,9 +337,12 @@ def peek(data: bytes) -> Peek:
         return _NO_PEEK
 
 
-def edit_top_level(body: bytes, changes: dict[str, Any]) -> bytes:
+def edit_top_level(
+    body: bytes, changes: Mapping[str, Any], inside: Mapping[str, Mapping[str, Any]] | None = None
+) -> bytes:
     """Set top-level members of a JSON object; every other member keeps its exact bytes.
 
+    `inside` sets members of those members that are objects, and makes them objects where they are not.
     Raises BadRequest if `body` is no JSON object.
     """
     try:
@@ -349,4 +350,7 @@ def edit_top_level(body: bytes, changes: dict[str, Any]) -> bytes:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise unreadable(error) from None
     members.update({name: Raw(msgspec.json.encode(value)) for name, value in changes.items()})
+    for name, more in (inside or {}).items():
+        there = bytes(members.get(name, b""))
+        members[name] = Raw(edit_top_level(there if there.startswith(b"{") else b"{}", more))
     return msgspec.json.encode(members)

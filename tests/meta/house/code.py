@@ -76,6 +76,18 @@ def error_codes(modules: Iterable[Module]) -> dict[str, set[str]]:
     return found
 
 
+def own_codes(modules: Iterable[Module]) -> dict[str, set[str]]:
+    """Code -> names of the error classes that a class with this `default_code` derives from."""
+    found: dict[str, set[str]] = {}
+    for module in modules:
+        for kind in (node for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef)):
+            for line in kind.body:
+                if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "default_code":
+                    bases = {ast.unparse(base) for base in kind.bases}
+                    found.setdefault(ast.literal_eval(line.value), set()).update(bases)
+    return found
+
+
 def parameters(command: click.Command) -> set[str]:
     """The options, each in all its spellings, and the arguments of a command; help is left out."""
     context = click.Context(command)
