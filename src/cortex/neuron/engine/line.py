@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cortex.neuron.engine.sequence import Sequence
 
@@ -31,7 +31,7 @@ class Line:
     def __init__(self, clock: Callable[[], float], max_wait: float | None) -> None:
         """`max_wait` seconds; None for as long as it takes."""
         self._clock = clock
-        self._max_wait = max_wait
+        self.max_wait: Final = max_wait
         self._waiting: deque[Sequence] = deque()
         self._since: dict[Sequence, float] = {}
         """Of those whose wait counts."""
@@ -80,10 +80,10 @@ class Line:
 
     def take_late(self) -> list[Sequence]:
         """Those that have waited too long, who leave."""
-        if self._max_wait is None or not self._waiting:
+        if self.max_wait is None or not self._waiting:
             return []
         self._let_go()
-        oldest = self._clock() - self._max_wait
+        oldest = self._clock() - self.max_wait
         late = [
             sequence
             for sequence in self._waiting

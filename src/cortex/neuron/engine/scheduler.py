@@ -66,7 +66,6 @@ class Scheduler:
         self._vocab = vocab
         self._clock = clock
         self._max_running = max_running
-        self._max_wait = max_wait_s
         self._drafting = drafting
         self._waiting = Line(clock, max_wait_s)
         self._running: list[Sequence] = []
@@ -109,7 +108,7 @@ class Scheduler:
     def expired(self) -> list[Output]:
         """Ends the sequences that have waited too long to start."""
         late = self._waiting.take_late()
-        message = f"it waited {self._max_wait or 0:g} s and could not start"
+        message = f"it waited {self._waiting.max_wait or 0:g} s and could not start"
         return [Output(key=s.key, ids=[], error=message, code="busy") for s in late]
 
     # --- a step ---

@@ -127,22 +127,20 @@ class ChatTemplate:
 
     def _find_call_forms(self, template: Template, forms: _Forms) -> _Forms:
         """The first ones with which a call is shown as it should be, else those with which nothing breaks."""
-        tried = [forms._replace(null=null, objects=objects) for null, objects in _EITHER]
-        shown = [self._probe(template, [_shape(each, one) for each in _HISTORY]) for one in tried]
-        whole = [
-            one for one, text in zip(tried, shown, strict=True) if text is not None and "None" not in text
-        ]
-        good = [one for one, text in zip(tried, shown, strict=True) if one in whole and _is_shown(text or "")]
-        return (good or whole or [forms])[0]
+        shown: list[tuple[_Forms, str]] = []
+        for null, objects in itertools.product((True, False), repeat=2):
+            tried = forms._replace(null=null, objects=objects)
+            text = self._probe(template, [_shape(message, tried) for message in _HISTORY])
+            if text is not None and "None" not in text:
+                shown.append((tried, text))
+        good = [tried for tried, text in shown if _is_shown(text)]
+        return (good or [tried for tried, _ in shown] or [forms])[0]
 
     def _probe(self, template: Template, messages: Sequence[Mapping[str, Any]]) -> str | None:
         try:
             return self._run(template, messages, None, True, {})
         except Exception:  # it does not take this form; what it raises does not matter
             return None
-
-
-_EITHER: Final = tuple(itertools.product((True, False), repeat=2))
 
 
 def _is_shown(text: str) -> bool:

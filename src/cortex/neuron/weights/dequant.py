@@ -69,7 +69,7 @@ def _bits(packed: Tensor) -> Tensor:
 
 
 _FIFTHS: Final = (
-    (torch.arange(256).view(-1, 1) >> torch.arange(8) & 1).mul(16).to(torch.uint8).view(torch.int64)
+    (torch.arange(256).view(-1, 1) >> torch.arange(8) & 1).mul(16).byte().view(torch.int64).view(-1)
 )
 """For each value of a byte eight bytes: 16 where a bit is set, the lowest one first."""
 
@@ -86,7 +86,7 @@ def _q4_1(blocks: Tensor) -> Tensor:
 
 def _five_bits(low: Tensor, high: Tensor) -> Tensor:
     """Five-bit numbers of 32-element blocks from 16 bytes of nibbles and 4 bytes of fifth bits."""
-    fifths = _FIFTHS.view(-1).index_select(0, high.reshape(-1).to(torch.int32))
+    fifths = _FIFTHS.index_select(0, high.reshape(-1).to(torch.int32))
     return (_nibbles(low, 16).view(-1, 32) | fifths.view(torch.uint8).view(-1, 32)).to(torch.float32)
 
 
