@@ -49,6 +49,7 @@ class Computing:
             stored.fill_(NAN)
         self.shape = runner.shape
         self.weight_bytes, self.cache_bytes = runner.weight_bytes, runner.cache_bytes
+        self.model = runner._model
         self._runner = runner
         self._slots: dict[int, int] = {}
 

@@ -118,6 +118,28 @@ def test_sequences_in_one_step_are_as_if_alone(made: Any, case: Case, expected: 
     assert error(logits, expected[[90, 90, *range(7, 72), 29]]) <= case.most
 
 
+def test_of_the_last_layer_only_rows_go_on_that_are_asked_for(
+    made: Any, case: Case, expected: Tensor
+) -> None:
+    """Of a prompt, its first chunk asks for none, the second for two rows together and its last one."""
+    gone_on = []
+
+    def count(mlp: object, inputs: tuple[Tensor], output: object) -> None:
+        gone_on.append(len(inputs[0]))
+
+    first = StepPlan(IDS[:30], [Segment(0, 30, [(100, 30)])], [])
+    segments = [Segment(0, 1, [(10, 1)]), Segment(30, 45, [(100, 50), (200, 25)]), Segment(0, 20, [(20, 20)])]
+    second = StepPlan([IDS[0], *IDS[30:75], *IDS[:20]], segments, [0, 6, 7, 45, 65])
+    hook = made.model.layers[-1].mlp.register_forward_hook(count)
+    try:
+        assert made.logits(first).shape == (0, made.shape.vocab)
+        logits = made.logits(second)
+    finally:
+        hook.remove()
+    assert error(logits, expected[[0, 35, 36, 74, 19]]) <= case.most
+    assert gone_on == [5]
+
+
 @pytest.mark.parametrize("case", cases("mistral", "qwen2", "qwen3_moe", "gemma3"), indirect=True)
 def test_a_copied_prefix_is_as_if_computed(made: Any, case: Case, expected: Tensor) -> None:
     """Of models that have nothing but keys and values."""

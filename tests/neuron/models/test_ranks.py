@@ -406,6 +406,7 @@ def test_ranks_meet_twice_a_layer_and_once_for_the_table(ranks: Any) -> None:
             expected = dict.fromkeys(plans_of(name), 2 * layers + 1)
             expected["a-chunk-passes-a-layer"] = 2 + 1
             expected["a-chunk-is-through"] = 2 * (layers - 1)
+            expected["nothing-wanted"] = 2 * (layers - 1) + 1
             assert Outcome(*rank[name]).sums == expected
 
 

@@ -142,8 +142,8 @@ def test_a_step_gives_each_segment_its_rows_and_each_token_its_position() -> Non
     assert step.ids.tolist() == [7, 8, 9, 5]
     assert step.positions.tolist() == [4, 5, 6, 9]
     assert step.full.slots.tolist() == [32, 33, 34, 9]
-    assert step.wanted is not None
-    assert step.wanted.tolist() == [2, 3]
+    assert step.asked is not None
+    assert step.asked.rows.tolist() == [2, 3]
     assert not step.full.looks.in_order
     assert step.full.looks.views == (
         View(3, 4, None, 0, 10, False, True),
@@ -153,12 +153,30 @@ def test_a_step_gives_each_segment_its_rows_and_each_token_its_position() -> Non
     )
 
 
+def test_the_rows_that_are_asked_for_look_at_what_they_see_in_the_whole_step() -> None:
+    """Of the first sequence a chunk's last row, of the second nothing, of the third two together and one."""
+    first, second = Segment(4, 3, [(20, 2), (30, 5)], 1), Segment(0, 2, [(50, 2)])
+    third = Segment(1, 5, [(60, 4), (70, 2)], 2)
+    asked = StepPlan([*range(10)], [first, second, third], [2, 5, 6, 8]).asked()
+    assert asked.ids == [2, 5, 6, 8]
+    assert asked.positions == [6, 1, 2, 4]
+    assert asked.segments == [
+        Segment(6, 1, [(20, 2), (30, 5)], 1),
+        Segment(1, 2, [(60, 3)], 2),
+        Segment(4, 1, [(60, 4), (70, 1)], 2),
+    ]
+    assert asked.wanted == [0, 1, 2, 3]
+    step = prepare(StepPlan([1, 2], [Segment(0, 2, [(0, 2)])], []), CPU)
+    assert step.asked is not None
+    assert (step.asked.rows.tolist(), step.asked.step) == ([], None)
+
+
 def test_rows_that_see_the_same_run_look_together() -> None:
     """Rows 0, 2 and 3 have the run (0, 8) before their own; for row 1, it comes second."""
     runs = [[(0, 8), (20, 1)], [(40, 3), (0, 8)], [(0, 8), (30, 2)], [(0, 8), (50, 4)]]
     segments = [Segment(sum(count for _, count in seen) - 1, 1, seen) for seen in runs]
     step = prepare(StepPlan([1, 2, 3, 4], segments, [0, 1, 2, 3]), CPU)
-    assert step.wanted is None
+    assert step.asked is None
     assert step.full.slots.tolist() == [20, 7, 31, 53]
     looked = [
         ([*range(view.first, view.last)] if view.rows is None else view.rows.tolist(), view.start, view.fresh)

@@ -21,7 +21,7 @@ from cortex.neuron.nn.moe import Experts, ExpertSizes
 from cortex.neuron.nn.norm import RMSNorm
 from cortex.neuron.nn.placement import Placement
 from cortex.neuron.nn.rotary import inverse_frequencies, llama3_scaled, rotations
-from cortex.neuron.nn.step import Step
+from cortex.neuron.nn.step import Asked, Step, chosen
 
 
 @dataclass(slots=True)
@@ -39,7 +39,8 @@ class Decoder(nn.Module):
     """[T] packed tokens -> fp32 logits [wanted, vocab], at once or some layers at a time.
 
     `layer` makes the layer of an index: called with hidden [T, hidden], the rotations of its heads, the step
-    and its cache, it gives the next hidden.
+    and its cache, it gives the next hidden; the last one, called with the rows that are asked for besides,
+    gives only those.
     """
 
     def __init__(
@@ -76,14 +77,13 @@ class Decoder(nn.Module):
         end = min(way.passed + layers, self._shape.layers)
         every = zip(self.layers, way.rotations, caches, strict=True)
         for layer, rotation, cache in itertools.islice(every, way.passed, end):
-            way.hidden = layer(way.hidden, rotation, way.step, cache)
-        way.passed = end
+            way.passed += 1
+            asked = way.step.asked if way.passed == self._shape.layers else None
+            way.hidden = layer(way.hidden, rotation, way.step, cache, asked)
 
     def end(self, way: Pass) -> Tensor:
         """After the last layer: fp32 logits [wanted, vocab]."""
         hidden = way.hidden
-        if way.step.wanted is not None:
-            hidden = hidden.index_select(0, way.step.wanted)
         if not hidden.shape[0]:
             return hidden.new_empty(0, self._shape.vocab)
         hidden = self.norm(hidden)
@@ -125,10 +125,19 @@ class PreNormLayer(nn.Module):
         self.mlp_norm = RMSNorm(shape.hidden, shape.norm_eps, placement)
         self.mlp = mlp
 
-    def forward(self, hidden: Tensor, rotation: Tensor, step: Step, cache: Any) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, step, cache)
+    def forward(
+        self, hidden: Tensor, rotation: Tensor, step: Step, cache: Any, asked: Asked | None = None
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden], or [asked, hidden]."""
+        attended = self.attend(self.attention_norm(hidden), rotation, step, cache, asked)
+        if not attended.shape[0]:
+            return attended
+        hidden = chosen(hidden, asked) + attended
         return hidden.add_(self.mlp(self.mlp_norm(hidden)))
+
+    def attend(self, x: Tensor, rotation: Tensor, step: Step, cache: Any, asked: Asked | None) -> Tensor:
+        attended: Tensor = self.attention(x, rotation, step, cache, asked)
+        return attended
 
 
 def attention_layer(shape: ModelShape, placement: Placement, index: int) -> PreNormLayer:

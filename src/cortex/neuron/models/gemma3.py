@@ -15,7 +15,7 @@ from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.models.sources import Layout, Sources
 from cortex.neuron.nn.norm import RMSNorm
 from cortex.neuron.nn.placement import Placement, Share
-from cortex.neuron.nn.step import Step
+from cortex.neuron.nn.step import Asked, Step, chosen
 
 
 class Layer(nn.Module):
@@ -28,10 +28,14 @@ class Layer(nn.Module):
         self.attention = attention(shape, placement)
         self.mlp = mlp(shape, placement, index)
 
-    def forward(self, hidden: Tensor, rotation: Tensor, step: Step, cache: Any) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        attended = self.attention(self.attention_norm(hidden), rotation, step, cache)
-        hidden = hidden + self.attended_norm(attended)
+    def forward(
+        self, hidden: Tensor, rotation: Tensor, step: Step, cache: Any, asked: Asked | None = None
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden], or [asked, hidden]."""
+        attended: Tensor = self.attention(self.attention_norm(hidden), rotation, step, cache, asked)
+        if not attended.shape[0]:
+            return attended
+        hidden = chosen(hidden, asked) + self.attended_norm(attended)
         return hidden.add_(self.result_norm(self.mlp(self.mlp_norm(hidden))))
 
 

@@ -15,16 +15,15 @@ from cortex.neuron.models.shape import DeltaShape, ModelShape
 from cortex.neuron.models.sources import Layout, Sources
 from cortex.neuron.nn.delta import GatedDeltaNet
 from cortex.neuron.nn.placement import Placement, Share
-from cortex.neuron.nn.step import Step
+from cortex.neuron.nn.step import Asked, Step
 
 
 class DeltaLayer(PreNormLayer):
     """With a state instead of a cache, and no rotations."""
 
-    def forward(self, hidden: Tensor, rotation: Tensor, step: Step, cache: Any) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), step, cache)
-        return hidden.add_(self.mlp(self.mlp_norm(hidden)))
+    def attend(self, x: Tensor, rotation: Tensor, step: Step, cache: Any, asked: Asked | None) -> Tensor:
+        attended: Tensor = self.attention(x, step, cache, asked)
+        return attended
 
 
 def hybrid_layer(shape: ModelShape, placement: Placement, index: int) -> PreNormLayer:

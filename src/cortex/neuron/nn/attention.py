@@ -16,7 +16,7 @@ from cortex.neuron.nn.norm import HeadNorm
 from cortex.neuron.nn.parallel import sum_over_ranks
 from cortex.neuron.nn.placement import Placement
 from cortex.neuron.nn.rotary import rotate_
-from cortex.neuron.nn.step import Step
+from cortex.neuron.nn.step import Asked, Step, chosen
 
 
 class LayerCache(Protocol):
@@ -74,21 +74,32 @@ class Attention(nn.Module):
             else HeadNorm(self._heads, self._kv_heads, sizes.width, sizes.norm_eps, placement)
         )
 
-    def forward(self, x: Tensor, rotation: Tensor, step: Step, cache: LayerCache) -> Tensor:
-        rows = x.shape[0]
-        projected = self.qkv(x).view(rows, self._all_heads, self._width)
+    def forward(
+        self, x: Tensor, rotation: Tensor, step: Step, cache: LayerCache, asked: Asked | None = None
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden], or [asked, hidden]; the cache has keys and values of all then."""
+        projected = self.qkv(x).view(x.shape[0], self._all_heads, self._width)
         queries_keys = projected.narrow(1, 0, self._heads + self._kv_heads)
         if self.norm is not None:
             self.norm.normalize_(queries_keys)
         rotate_(queries_keys, rotation)
+        keys_values = self._keys_values(projected)
+        cache.write(step, keys_values)
+        if asked is not None:
+            if asked.step is None:
+                return x.new_empty(0, x.shape[1])
+            step, projected = asked.step, chosen(projected, asked)
+            keys_values = self._keys_values(projected)
         queries = projected.narrow(1, 0, self._heads)
         if self._factor != 1.0:
             queries.mul_(self._factor)
-        keys_values = projected.narrow(1, self._heads, 2 * self._kv_heads)
-        keys_values = keys_values.view(rows, 2, self._kv_heads, self._width)
-        cache.write(step, keys_values)
         attended = cache.attend(step, queries, keys_values)
         if self._gates:
             gates = projected.narrow(1, self._all_heads - self._gates, self._gates)
-            attended = attended.mul_(torch.sigmoid(gates).view(rows, -1))
+            attended = attended.mul_(torch.sigmoid(gates).flatten(1))
         return sum_over_ranks(self.output(attended), self._share)
+
+    def _keys_values(self, projected: Tensor) -> Tensor:
+        """[T, 2, kv_heads, width]."""
+        both = projected.narrow(1, self._heads, 2 * self._kv_heads)
+        return both.view(-1, 2, self._kv_heads, self._width)

@@ -18,7 +18,7 @@ from cortex.neuron.nn.delta_rule import Heads, recur, scan
 from cortex.neuron.nn.linear import Linear
 from cortex.neuron.nn.parallel import sum_over_ranks
 from cortex.neuron.nn.placement import Placement, empty, placed
-from cortex.neuron.nn.step import Step
+from cortex.neuron.nn.step import Asked, Step, chosen
 
 
 class LayerState(Protocol):
@@ -119,7 +119,8 @@ class GatedDeltaNet(nn.Module):
         blocks = groups if tiled and share.world > 1 else 1
         self.output = OutputLinear(self._values, hidden, placement, blocks)
 
-    def forward(self, x: Tensor, step: Step, state: LayerState) -> Tensor:
+    def forward(self, x: Tensor, step: Step, state: LayerState, asked: Asked | None = None) -> Tensor:
+        """[T, hidden] -> [T, hidden], or [asked, hidden]; the states have seen all then."""
         states = step.states
         assert states is not None
         projected = self.projection(x)
@@ -141,6 +142,10 @@ class GatedDeltaNet(nn.Module):
                 )
                 read = self._span(own_mixed, own_gates[0], own_gates[1], state, span.slot)
                 found.narrow(0, span.first, span.last - span.first).copy_(read)
+        if asked is not None:
+            if asked.step is None:
+                return x.new_empty(0, x.shape[1])
+            found, gate = chosen(found, asked), chosen(gate, asked)
         return sum_over_ranks(self.output(self.norm(found, gate)), self._share)
 
     def _rows(

@@ -5,6 +5,8 @@ Plain numbers, made by the scheduler on rank 0 and small enough to send to the o
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 import msgspec
@@ -87,8 +89,9 @@ class NearSlots(NamedTuple):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
-    """`ids` are all segments' tokens one after the other; `wanted` are the rows whose logits count. `copies`
-    are of the cache, `states` of slots; a sequence whose first token is among the ids has no state yet.
+    """`ids` are all segments' tokens one after the other; `wanted` are the rows whose logits count, in their
+    order. `copies` are of the cache, `states` of slots; a sequence whose first token is among the ids has no
+    state yet.
 
     A step may instead have a chunk of a long prompt pass `layers` layers: a new one, its `chunk`, from the
     first layer on, or the one that is on its way. Its logits come once it is through.
@@ -109,6 +112,31 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     @property
     def positions(self) -> list[int]:
         return [position for part in self.segments for position in range(part.start, part.end)]
+
+    def asked(self) -> StepPlan:
+        """The wanted rows alone, to look at what the cache has once all are stored in it."""
+        found: list[Segment] = []
+        wanted = self.wanted
+        rows = first = 0
+        for part in self.segments:
+            rows += part.length
+            last = bisect_left(wanted, rows, first)
+            for start, length in _stretches(row + part.end - rows for row in wanted[first:last]):
+                runs = parts(part.runs, 0, start + length)
+                found.append(Segment(start, length, runs, part.slot))
+            first = last
+        return StepPlan([self.ids[row] for row in wanted], found, [*range(len(wanted))])
+
+
+def _stretches(numbers: Iterable[int]) -> list[Run]:
+    """The first of those that follow each other, and how many do."""
+    found: list[Run] = []
+    for number in numbers:
+        if found and sum(found[-1]) == number:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((number, 1))
+    return found
 
 
 def parts(runs: list[Run], start: int, end: int) -> list[Run]:

@@ -61,18 +61,31 @@ class Access(NamedTuple):
     looks: Looks
 
 
+class Asked(NamedTuple):
+    """The rows whose logits are asked for, int64, and a step of them alone, to look at the cache; None if
+    there are none. In the last layer only they go on, once it has stored what later steps need of all."""
+
+    rows: Tensor
+    step: Step | None
+
+
 class Step(NamedTuple):
-    """ids and positions: int64 [T]. `wanted`: int64 rows whose logits are asked for, None for all. `full` is
+    """ids and positions: int64 [T]. `asked`: the rows whose logits are asked for, None for all. `full` is
     for layers that attend to everything, `near` for those with a window, None where that is the same;
     `pages` says what both look at where the cache has pages. `states` is for layers with states."""
 
     ids: Tensor
     positions: Tensor
-    wanted: Tensor | None
+    asked: Asked | None
     full: Access
     near: Access | None = None
     pages: Pages | None = None
     states: States | None = None
+
+
+def chosen(x: Tensor, asked: Asked | None) -> Tensor:
+    """Those of x's rows that go on in the last layer."""
+    return x if asked is None else x.index_select(0, asked.rows)
 
 
 def prepare(
@@ -88,17 +101,25 @@ def prepare(
     """`page` is the size of the cache's pages, if it has any; `window` that of layers which have one, and
     `near` says where they have their rows, if not where others have theirs. `states`: there are layers that
     have some, in the segments' slots. `ids`, int64 [T], are there instead of those of a plan that follows."""
-    everything = len(plan.wanted) == len(plan.ids)
     full = _paged_access(plan, device) if page else _access(plan, device, None)
     return Step(
         to_device(plan.ids, device) if ids is None else ids,
         to_device(plan.positions, device),
-        None if everything else to_device(plan.wanted, device, torch.int64),
+        _asked(plan, device, page, window, near),
         full,
         None if window is None or page else _near(plan, device, window, near, full),
         _pages(plan, page, device) if page else None,
         _states(plan, device) if states else None,
     )
+
+
+def _asked(
+    plan: StepPlan, device: torch.device, page: int | None, window: int | None, near: NearSlots | None
+) -> Asked | None:
+    if len(plan.wanted) == len(plan.ids):
+        return None
+    alone = prepare(plan.asked(), device, page, window, near, states=False) if plan.wanted else None
+    return Asked(to_device(plan.wanted, device, torch.int64), alone)
 
 
 def _near(
