@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cortex.neuron.engine.runner import load_runner
 from cortex.neuron.models import registry
 from cortex.neuron.models.reading import read_shape
-from cortex.neuron.models.shape import ModelShape, Rope
+from cortex.neuron.models.shape import ModelShape, Rope, YarnScaling
 from cortex.neuron.nn.placement import Dtype, Placement, Share
 from cortex.neuron.nn.plan import Run, Segment, StepPlan, parts
 from cortex.neuron.weights.checkpoint import Checkpoint, open_checkpoint
@@ -163,6 +163,7 @@ def cuda_shape(request: pytest.FixtureRequest) -> ModelShape:
         activation="gelu_tanh",
         kinds=("sliding", "full"),
         window=16,
+        rope=Rope(10000.0, yarn=YarnScaling(4.0, 64), attention=1.25),
         local_rope=Rope(100.0),
         query_scale=0.5,
         embedding_scale=7.0,

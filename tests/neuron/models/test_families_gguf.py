@@ -19,6 +19,14 @@ from torch import Tensor
 
 pytestmark = pytest.mark.slow
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 2.0,
+    "beta_slow": 0.02,
+}
 CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "llama": ("llama", {}, 1e-4),
     "llama-tied": ("llama", {"tie_word_embeddings": True}, 1e-4),
@@ -27,6 +35,9 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}, 1e-4),
     "qwen3": ("qwen3", {}, 3e-4),
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}, 1e-3),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}, 1e-4),
+    "qwen3-yarn": ("qwen3", {"rope_parameters": YARN}, 3e-4),
+    "qwen3_5-yarn": ("qwen3_5_text", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}, 1e-3),
     "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 16, "final_logit_softcapping": 4.0}, 3e-4),
     "qwen3_next": ("qwen3_next", {}, 1e-3),
     "qwen3_5": ("qwen3_5_text", {}, 1e-3),
@@ -101,6 +112,12 @@ def write_metadata(writer: GGUFWriter, config: Any, blocks: int) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     writer.add_key_length(width)
     writer.add_value_length(width)
     if hasattr(config, "intermediate_size"):

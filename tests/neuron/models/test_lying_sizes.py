@@ -73,9 +73,18 @@ PLAIN = {
     "rope.freq_base": 10000.0,
     "rope.dimension_count": 16,
 }
+YARN = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 128,
+    "rope.scaling.yarn_beta_fast": 16.0,
+    "rope.scaling.yarn_beta_slow": 0.5,
+    "rope.scaling.yarn_log_multiplier": 1.0,
+    "rope.scaling.attn_factor": 1.5,
+}
 MIXTURE = {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 48}
 METADATA: dict[str, dict[str, Any]] = {
-    "qwen3moe": {**PLAIN, **MIXTURE, "nextn_predict_layers": 1},
+    "qwen3moe": {**PLAIN, **MIXTURE, **YARN, "nextn_predict_layers": 1},
     "qwen35moe": {
         **PLAIN,
         **MIXTURE,

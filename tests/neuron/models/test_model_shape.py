@@ -395,7 +395,10 @@ def test_what_is_not_packed_takes_no_more_than_its_numbers() -> None:
     ("checkpoint", "said"),
     [
         (huggingface(model_type="mamba"), "architecture mamba; supported are llama, mistral, "),
-        (huggingface(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "the rope type 'yarn'"),
+        (
+            huggingface(rope_scaling={"rope_type": "su"}),
+            "the rope type 'su' (default, linear, llama3 and yarn",
+        ),
         (huggingface(rope_scaling={"rope_type": "llama3"}), "lacks factor"),
         (huggingface(rope_scaling=3), "rope_scaling in config.json is 3, not an object"),
         (huggingface(partial_rotary_factor=0.5), "a part of the head"),
@@ -459,7 +462,7 @@ def test_what_is_not_packed_takes_no_more_than_its_numbers() -> None:
         ),
         (gguf(block_count=...), "the metadata lacks llama.block_count"),
         (gguf(expert_count=8), "a mixture of experts"),
-        (gguf(rope__scaling__type="yarn"), "the rope scaling 'yarn'"),
+        (gguf(rope__scaling__type="su"), "the rope scaling 'su' (none, linear and yarn are)"),
         (gguf(rope__dimension_count=4), "a part of the head"),
         (gguf(attention__value_length=16), "a value width"),
         (gguf(attention__head_count=[8, 4]), "head_count is [8, 4], not one size that all 2 of 2 layers"),

@@ -20,7 +20,7 @@ from cortex.neuron.nn.mlp import GatedMLP
 from cortex.neuron.nn.moe import Experts, ExpertSizes
 from cortex.neuron.nn.norm import RMSNorm
 from cortex.neuron.nn.placement import Placement
-from cortex.neuron.nn.rotary import inverse_frequencies, llama3_scaled, rotations
+from cortex.neuron.nn.rotary import inverse_frequencies, llama3_scaled, rotations, yarn_frequencies
 from cortex.neuron.nn.step import Asked, Step, chosen
 
 
@@ -52,7 +52,7 @@ class Decoder(nn.Module):
         super().__init__()
         self._shape = shape
         self._local = [shape.local_rope is not None and kind == "sliding" for kind in shape.kinds]
-        self._frequencies: list[Tensor] = []
+        self._frequencies: list[tuple[Tensor, float]] = []
         self.embedding = Embedding(shape.vocab, shape.hidden, placement)
         self.layers = nn.ModuleList(layer(shape, placement, index) for index in range(shape.layers))
         self.norm = RMSNorm(shape.hidden, shape.norm_eps, placement)
@@ -97,8 +97,10 @@ class Decoder(nn.Module):
         if not self._frequencies:
             ropes = [shape.rope] if shape.local_rope is None else [shape.rope, shape.local_rope]
             device = step.positions.device
-            self._frequencies = [frequencies(rope, shape.rotary).to(device) for rope in ropes]
-        every = [rotations(step.positions, of_rope) for of_rope in self._frequencies]
+            self._frequencies = [
+                (frequencies(rope, shape.rotary).to(device), rope.attention) for rope in ropes
+            ]
+        every = [rotations(step.positions, *of_rope) for of_rope in self._frequencies]
         if len(every) == 1:
             return every * shape.layers
         return [every[local] for local in self._local]
@@ -106,7 +108,13 @@ class Decoder(nn.Module):
 
 def frequencies(rope: Rope, width: int) -> Tensor:
     """Radians a token for each pair of the `width` rotated elements of a head."""
-    plain = inverse_frequencies(width, rope.theta) / rope.factor
+    if rope.yarn is not None:
+        yarn = rope.yarn
+        plain = yarn_frequencies(
+            width, rope.theta, yarn.factor, yarn.original_context, yarn.fast, yarn.slow, yarn.truncate
+        )
+    else:
+        plain = inverse_frequencies(width, rope.theta) / rope.factor
     if rope.llama3 is not None:
         scaling = rope.llama3
         return llama3_scaled(

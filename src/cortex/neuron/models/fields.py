@@ -6,6 +6,7 @@ multiplied before anybody looks for the weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -62,15 +63,18 @@ class Fields:
         self._check_range(key, size, 1, most)
         return size
 
-    def number(self, key: str, default: float | None = None) -> float:
-        return float(self._number(key, (int, float), default))
+    def number(
+        self, key: str, default: float | None = None, *, above: float = -math.inf, most: float = math.inf
+    ) -> float:
+        value = float(self._number(key, (int, float), default))
+        if not above < value <= most:
+            bound = f"more than {above:g}" if value <= above else f"at most {most:g}"
+            raise LoadFailed(f"{self._path}: {self._prefix}{key} is {value}; it must be {bound}.")
+        return value
 
     def positive(self, key: str, default: float | None = None) -> float:
         """A number above 0."""
-        value = self.number(key, default)
-        if value <= 0:
-            raise LoadFailed(f"{self._path}: {self._prefix}{key} is {value}; it must be more than 0.")
-        return value
+        return self.number(key, default, above=0)
 
     def integers(self, key: str) -> list[int]:
         """Empty if the key is not there."""

@@ -9,10 +9,11 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Final
 
-from cortex.neuron.models.fields import MOST_LAYERS, MOST_PARTS, Fields
+from cortex.neuron.models.fields import MOST, MOST_LAYERS, MOST_PARTS, Fields
 from cortex.neuron.models.registry import HYBRID, WITH_EXPERTS, family_name
 from cortex.neuron.models.shape import (
     HEAD_NAMES,
+    LEAST_TURNS,
     Activation,
     DeltaShape,
     ExpertsShape,
@@ -20,6 +21,8 @@ from cortex.neuron.models.shape import (
     Llama3Scaling,
     ModelShape,
     Rope,
+    YarnScaling,
+    yarn_attention,
 )
 from cortex.neuron.weights.checkpoint import CONFIG, Checkpoint
 from cortex.wire.errors import LoadFailed
@@ -71,6 +74,7 @@ _ACTIVATIONS: Final[Mapping[str, Activation]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 _QK_NORM: Final = ("qwen3", "qwen3_moe", "gemma3", *HYBRID)
+_ORIGINAL: Final = "original_max_position_embeddings"
 
 
 def shape_from_config(checkpoint: Checkpoint) -> ModelShape:
@@ -100,7 +104,7 @@ def shape_from_config(checkpoint: Checkpoint) -> ModelShape:
         head_dim=width,
         intermediate=fields.size("intermediate_size", experts.intermediate if experts else None),
         vocab=fields.size("vocab_size"),
-        max_position=fields.size("max_position_embeddings"),
+        max_position=rope.context(fields.size("max_position_embeddings")),
         rope=rope,
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tied=tied,
@@ -201,7 +205,11 @@ def _ropes(fields: Fields, two: bool) -> tuple[Rope, Rope | None]:
     """Of layers that see everything and, with `two`, of those with a window."""
     theta = fields.get("rope_theta", 10000.0)
     if not two:
-        return _rope(fields, _rope_section(fields), theta), None
+        # As in transformers, the original context goes first that is not with the other rope parameters.
+        section = _rope_section(fields)
+        if _ORIGINAL in fields:
+            section = {**section, _ORIGINAL: fields.get(_ORIGINAL)}
+        return _rope(fields, section, theta), None
     kinds = fields.inner(fields.section("rope_parameters"), f"the rope parameters of {CONFIG}")
     full = {**kinds.section("full_attention"), **fields.section("rope_scaling")}
     local = kinds.section("sliding_attention")
@@ -216,20 +224,45 @@ def _rope_section(fields: Fields) -> dict[str, Any]:
 def _rope(fields: Fields, plain: dict[str, Any], theta: object) -> Rope:
     rope = fields.inner({"rope_theta": theta, **plain}, f"the rope parameters of {CONFIG}")
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("llama_4_scaling_beta"):  # Ministral 3 has it; no family here computes it
+        raise fields.refuse("a scaling of queries by their position (llama_4_scaling_beta)")
     if kind == "default":
         return Rope(rope.positive("rope_theta"))
     if kind == "linear":
         return Rope(rope.positive("rope_theta"), factor=rope.positive("factor"))
+    if kind == "yarn":
+        return _yarn(fields, rope)
+    if kind in ("dynamic", "longrope"):
+        raise fields.refuse(f"the rope type {kind!r}, whose angles change with the length of the text,")
     if kind != "llama3":
-        raise fields.refuse(f"the rope type {kind!r} (default, linear and llama3 are)")
+        raise fields.refuse(f"the rope type {kind!r} (default, linear, llama3 and yarn are)")
     return Rope(
         rope.positive("rope_theta"),
         Llama3Scaling(
             rope.positive("factor"),
             rope.positive("low_freq_factor"),
             rope.positive("high_freq_factor"),
-            rope.size("original_max_position_embeddings", fields.size("max_position_embeddings")),
+            rope.size(_ORIGINAL, fields.size("max_position_embeddings")),
         ),
+    )
+
+
+def _yarn(fields: Fields, rope: Fields) -> Rope:
+    """Where the original context is left out, it is the model's. A file that has it may leave out the factor,
+    which is then what is between the two."""
+    stated = fields.size("max_position_embeddings")
+    original = rope.size(_ORIGINAL, stated)
+    ratio = stated / original if _ORIGINAL in rope else None
+    factor = rope.number("factor", ratio, above=0, most=MOST / original)
+    slow = rope.number("beta_slow", 1.0, above=LEAST_TURNS)
+    fast = rope.number("beta_fast", 32.0, above=slow)
+    # Either of the two scales counts only beside the other one, and 0 is none.
+    scales = [rope.positive(key) for key in ("mscale", "mscale_all_dim") if rope.get(key)]
+    attention = yarn_attention(factor, *scales) if len(scales) == 2 else yarn_attention(factor)
+    return Rope(
+        rope.number("rope_theta", above=1),
+        yarn=YarnScaling(factor, original, fast, slow, rope.flag("truncate", True)),
+        attention=rope.positive("attention_factor", attention),
     )
 
 

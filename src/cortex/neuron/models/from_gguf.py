@@ -10,9 +10,18 @@ import math
 import struct
 from typing import Final
 
-from cortex.neuron.models.fields import MOST_LAYERS, MOST_PARTS, Fields
+from cortex.neuron.models.fields import MOST, MOST_LAYERS, MOST_PARTS, Fields
 from cortex.neuron.models.registry import HYBRID, WITH_EXPERTS, family_name
-from cortex.neuron.models.shape import DeltaShape, ExpertsShape, Kind, ModelShape, Rope
+from cortex.neuron.models.shape import (
+    LEAST_TURNS,
+    DeltaShape,
+    ExpertsShape,
+    Kind,
+    ModelShape,
+    Rope,
+    YarnScaling,
+    yarn_attention,
+)
 from cortex.neuron.weights.checkpoint import Checkpoint
 from cortex.wire.errors import LoadFailed
 
@@ -48,6 +57,7 @@ def shape_from_gguf(checkpoint: Checkpoint) -> ModelShape:
     intermediate = fields.size_of_layers(
         "feed_forward_length", [experts is None] * layers, experts.intermediate if experts else None
     )
+    rope = _rope(fields, checkpoint, width)
     is_gemma = family == "gemma3"
     first_full = kinds.index("full") if "full" in kinds else 0
     return ModelShape(
@@ -59,8 +69,8 @@ def shape_from_gguf(checkpoint: Checkpoint) -> ModelShape:
         head_dim=width,
         intermediate=intermediate,
         vocab=table.shape[0],
-        max_position=fields.size("context_length"),
-        rope=_rope(fields, checkpoint, width),
+        max_position=rope.context(fields.size("context_length")),
+        rope=rope,
         norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
         tied="output.weight" not in tensors,
         qkv_bias=f"blk.{first_full}.attn_q.bias" in tensors,
@@ -73,7 +83,7 @@ def shape_from_gguf(checkpoint: Checkpoint) -> ModelShape:
         post_norms=is_gemma,
         kinds=kinds,
         window=fields.size("attention.sliding_window") if "sliding" in kinds else None,
-        local_rope=Rope(fields.positive("rope.freq_base_swa", 10000.0)) if "sliding" in kinds else None,
+        local_rope=_local_rope(fields) if "sliding" in kinds else None,
         query_scale=_query_scale(hidden, heads, width, layers) if is_gemma else None,
         embedding_scale=hidden**0.5 if is_gemma else None,
         logit_cap=fields.positive("final_logit_softcapping") if "final_logit_softcapping" in fields else None,
@@ -105,14 +115,50 @@ def _kinds(fields: Fields, family: str, layers: int) -> tuple[Kind, ...]:
 
 def _rope(fields: Fields, checkpoint: Checkpoint, width: int) -> Rope:
     theta = fields.positive("rope.freq_base", 10000.0)
+    divisors = _frequency_factors(checkpoint, width)
     old = fields.number("rope.scale_linear", 0.0)  # as older converters call the factor
     factor = fields.number("rope.scaling.factor", old)
     scaling = fields.get("rope.scaling.type", "linear" if factor else "none")
     if scaling == "linear":
-        return Rope(theta, factor=fields.positive("rope.scaling.factor", old or 1.0))
+        factor = fields.positive("rope.scaling.factor", old or 1.0)
+        return Rope(theta, divisors=divisors, factor=factor, attention=_attention(fields))
+    if scaling == "yarn":
+        return _yarn(fields, divisors, old or 1.0)
+    if scaling == "longrope":
+        raise fields.refuse("the rope scaling 'longrope', whose angles change with the length of the text,")
     if scaling != "none":
-        raise fields.refuse(f"the rope scaling {scaling!r} (none and linear are)")
-    return Rope(theta, divisors=_frequency_factors(checkpoint, width))
+        raise fields.refuse(f"the rope scaling {scaling!r} (none, linear and yarn are)")
+    return Rope(theta, divisors=divisors, attention=_attention(fields))
+
+
+def _local_rope(fields: Fields) -> Rope:
+    return Rope(fields.positive("rope.freq_base_swa", 10000.0), attention=_attention(fields))
+
+
+def _attention(fields: Fields) -> float:
+    """Of every scaling, YaRN's own comes on top."""
+    return fields.positive("rope.scaling.attn_factor", 1.0)
+
+
+def _yarn(fields: Fields, divisors: tuple[float, ...], factor: float) -> Rope:
+    """`factor` is for a file that states none. As in llama.cpp a yarn_attn_factor in the file counts for
+    nothing: it is computed. The bounds it reads for some architectures; its converter writes them for all.
+    """
+    original = fields.size("rope.scaling.original_context_length", fields.size("context_length"))
+    factor = fields.number("rope.scaling.factor", factor, above=0, most=MOST / original)
+    slow = fields.number("rope.scaling.yarn_beta_slow", 1.0, above=LEAST_TURNS)
+    fast = fields.number("rope.scaling.yarn_beta_fast", 32.0, above=slow)
+    kept = fields.number("rope.scaling.yarn_ext_factor", -1.0)  # below 0 it is not set, and 1 then
+    if kept >= 0 and kept != 1:
+        raise fields.refuse(f"a YaRN extrapolation factor of {kept}")
+    multiplier = "rope.scaling.yarn_log_multiplier"
+    scale = fields.positive(multiplier) if fields.get(multiplier) else 0.0
+    return Rope(
+        fields.number("rope.freq_base", 10000.0, above=1),
+        divisors=divisors,
+        yarn=YarnScaling(factor, original, fast, slow),
+        attention=yarn_attention(factor, 1.0, scale) * _attention(fields),
+    )
 
 
 def _frequency_factors(checkpoint: Checkpoint, width: int) -> tuple[float, ...]:

@@ -32,13 +32,52 @@ class Llama3Scaling(msgspec.Struct, frozen=True):
     original_context: int
 
 
+LEAST_TURNS: Final = 2.0**-20
+"""Of a pair within the original context, as a bound of YaRN's; the slowest pair of a model turns more."""
+
+
+class YarnScaling(msgspec.Struct, frozen=True):
+    """Pairs that turn less than `slow` times in the original context are stretched by `factor`, those that
+    turn more than `fast` times are left as they are, and those between are in part; with `truncate` the two
+    ends of that part are whole pairs.
+    """
+
+    factor: float
+    original_context: int
+    fast: float = 32.0
+    slow: float = 1.0
+    truncate: bool = True
+
+
 class Rope(msgspec.Struct, frozen=True):
-    """`divisors` divide the inverse frequencies pair by pair, `factor` all of them; empty and 1 for none."""
+    """`divisors` divide the inverse frequencies pair by pair, `factor` all of them; empty and 1 for none.
+    `attention` multiplies what is rotated, of queries and of keys.
+    """
 
     theta: float
     llama3: Llama3Scaling | None = None
     divisors: tuple[float, ...] = ()
     factor: float = 1.0
+    yarn: YarnScaling | None = None
+    attention: float = 1.0
+
+    def context(self, stated: int) -> int:
+        """Tokens of context of a model whose file states so many. With YaRN some files state those that the
+        model had before, some those that it has now: it has what YaRN makes of the original ones, or more
+        where more are stated."""
+        if self.yarn is None:
+            return stated
+        return max(stated, int(self.yarn.factor * self.yarn.original_context))
+
+
+def yarn_attention(factor: float, mscale: float = 1.0, mscale_all_dim: float = 0.0) -> float:
+    """By how much YaRN multiplies what is rotated, where a file does not say it: 0.1 ln(factor) + 1, unless
+    it has two scales for the logarithm, of which that of `mscale_all_dim` divides.
+
+    Reference: section 3.4 of Peng et al. 2023; the scales are DeepSeek's.
+    """
+    logarithm = math.log(max(factor, 1.0))
+    return (0.1 * mscale * logarithm + 1) / (0.1 * mscale_all_dim * logarithm + 1)
 
 
 class DeltaShape(msgspec.Struct, frozen=True):
