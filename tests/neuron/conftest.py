@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,17 @@ FILES = {
     "/proc/cpuinfo": "model name : Test CPU\n",
     "/proc/stat": "cpu 10 0 10 80 0 0 0 0\n",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_each() -> None:
+    """Of torch, where several test processes share the cores: threads that wait for each other while others
+    have the cores make a step several times as long.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
 
 
 class ScriptedNode:

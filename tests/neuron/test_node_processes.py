@@ -338,6 +338,7 @@ async def test_the_threads_of_a_node_are_divided_among_its_models_while_they_wor
         assert (await exchange.reply()).body.endswith(b"[DONE]\n\n")
 
 
+@pytest.mark.timeout(60)
 async def test_twenty_loads_leave_no_memory_behind(node: RealNode) -> None:
     def resident() -> int:
         """Bytes that are the processes' own; pages of libraries count or not, as others map them too."""

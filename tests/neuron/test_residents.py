@@ -75,8 +75,8 @@ class Node:
         report = self.residents.report(model_id)
         return report.status if report else None
 
-    async def loading(self) -> None:
-        while not self.factory.loading:
+    async def loading(self, count: int = 1) -> None:
+        while len(self.factory.loading) < count:
             await asyncio.sleep(0)
 
     async def die(self, model_id: str) -> None:
@@ -192,7 +192,7 @@ async def test_a_request_for_a_default_model_does_not_wait_for_its_turn() -> Non
             pass
 
     left = asyncio.create_task(use("b"))
-    await settle()
+    await node.loading(2)
     assert node.factory.loading == ["a", "b"]
     left.cancel()
     await settle()
