@@ -363,9 +363,9 @@ def test_tensors_that_no_model_here_uses_may_be_stored_as_they_like() -> None:
     """An eye, and what predicts further tokens."""
     read_shape(huggingface(tensor("mtp.layers.0.mlp.up_proj.weight", 2, 2, dtype="F8_E4M3")))
     read_shape(huggingface(tensor("model.visual.blocks.0.weight", 2, 2, dtype="F8_E4M3")))
-    read_shape(gguf(tensor("blk.2.attn_q.weight", 64, 64, dtype="IQ4_XS")))
-    with pytest.raises(LoadFailed, match=r"blk\.1\.attn_q\.weight is stored as IQ4_XS"):
-        read_shape(gguf(tensor("blk.1.attn_q.weight", 64, 64, dtype="IQ4_XS")))
+    read_shape(gguf(tensor("blk.2.attn_q.weight", 64, 64, dtype="IQ3_XXS")))
+    with pytest.raises(LoadFailed, match=r"blk\.1\.attn_q\.weight is stored as IQ3_XXS"):
+        read_shape(gguf(tensor("blk.1.attn_q.weight", 64, 64, dtype="IQ3_XXS")))
 
 
 def test_how_experts_are_stored_is_what_the_model_s_own_layers_say() -> None:

@@ -14,16 +14,16 @@ PLAIN = {"F32": numpy.float32, "F16": numpy.float16}
 
 @pytest.mark.parametrize("dtype", READABLE)
 def test_numbers_are_bit_equal_to_ggufs_own(dtype: str) -> None:
-    """Random bytes: every quant and scale occurs, infinities and NaN among the scales included."""
+    """Random bytes, so many that every quant and every scale of one byte occurs, and infinities and NaN."""
     per_block, block_bytes = BLOCKS[dtype]
     row_blocks = 5 if per_block > 1 else 160
-    raw = numpy.random.default_rng(7).integers(0, 256, (33, row_blocks * block_bytes), dtype=numpy.uint8)
+    raw = numpy.random.default_rng(7).integers(0, 256, (999, row_blocks * block_bytes), dtype=numpy.uint8)
     with numpy.errstate(all="ignore"):
         stored = raw.view(PLAIN[dtype]) if dtype in PLAIN else raw
         expected = reference(stored, GGMLQuantizationType[dtype])
     found = dequantize(torch.from_numpy(raw), dtype).numpy()
     assert found.dtype == numpy.float32
-    assert found.shape == (33, row_blocks * per_block)
+    assert found.shape == (999, row_blocks * per_block)
     assert numpy.array_equal(found, expected, equal_nan=True)
 
 

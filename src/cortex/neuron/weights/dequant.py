@@ -1,4 +1,5 @@
-"""Stored blocks to fp32: plain floats, the legacy quants Q4_0 to Q8_0 and the K-quants Q2_K to Q6_K.
+"""Stored blocks to fp32: plain floats, the legacy quants Q4_0 to Q8_0, the K-quants Q2_K to Q6_K, and those
+whose four bits choose from a list of sixteen values: IQ4_NL, IQ4_XS and MXFP4.
 
 Bit-equal to ggml's reference (`dequantize_row_*` in ggml-quants.c): every value is a product of
 exact factors that is rounded once, so the order of operations is free but the factors are not.
@@ -154,6 +155,47 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return q.view(-1, 16, 16).mul_(scale)
 
 
+def _pairs(values: tuple[int, ...]) -> Tensor:
+    """What each two codes in neighbouring bytes stand for, the lower byte first: two fp32 in an int64."""
+    codes = torch.arange(0x0F0F + 1)
+    both = torch.stack((codes & 15, codes >> 8 & 15), dim=1)
+    return torch.tensor(values, dtype=torch.float32)[both].view(torch.int64).view(-1)
+
+
+_IQ4: Final = _pairs((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
+_E2M1: Final = _pairs((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))
+"""Twice what sign, two bits of exponent and one of mantissa say; the scale is half of what is stored."""
+_EXPONENTS: Final = torch.arange(256, dtype=torch.int32)
+_HALF_POWERS: Final = torch.where(
+    _EXPONENTS < 2, 2**21 << _EXPONENTS.clamp(max=1), (_EXPONENTS - 1) << 23
+).view(torch.float32)
+"""2 to the power of each byte less 128, made of bits: the two smallest ones are subnormal."""
+
+
+def _chosen(packed: Tensor, pairs: Tensor) -> Tensor:
+    """What four-bit codes in runs of 16 bytes stand for, two at a look: fp32 [blocks, runs, 32]."""
+    codes = _nibbles(packed, 16).view(torch.int16)
+    values = pairs.index_select(0, codes.view(-1).to(torch.int32))
+    return values.view(torch.float32).view(packed.shape[0], -1, 32)
+
+
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    return _chosen(blocks[:, 2:18], _IQ4).mul_(_half(blocks, 0).unsqueeze(-1))
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    packed = blocks[:, 4:8]
+    low = torch.stack((packed & 15, packed >> 4), dim=2).view(-1, 8)
+    high = _crumbs(blocks[:, 2:4], 1).view(-1, 8)
+    scale = (low | (high << 4)).to(torch.float32).sub_(32).mul_(_half(blocks, 0)).unsqueeze(-1)
+    return _chosen(blocks[:, 8:136], _IQ4).mul_(scale)
+
+
+def _mxfp4(blocks: Tensor) -> Tensor:
+    scale = _HALF_POWERS.index_select(0, blocks[:, 0].to(torch.int32)).view(-1, 1, 1)
+    return _chosen(blocks[:, 1:17], _E2M1).mul_(scale)
+
+
 _READERS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "F32": _plain(torch.float32),
     "F16": _plain(torch.float16),
@@ -168,4 +210,7 @@ _READERS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
 }

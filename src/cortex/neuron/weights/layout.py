@@ -75,6 +75,9 @@ READABLE: Final = (
     "Q4_K",
     "Q5_K",
     "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "MXFP4",
 )
 """Element types that `weights.dequant` turns into numbers."""
 
