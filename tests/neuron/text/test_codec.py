@@ -297,7 +297,11 @@ def test_whatever_files_say_beside_the_tokenizer_there_is_a_codec_or_a_refusal(
             "eos_token": "b",
             "add_bos_token": True,
             "chat_template": [{"name": "default", "template": "x"}],
+            "added_tokens_decoder": {"500": {"content": "<x>"}},
+            "extra_special_tokens": ["<y>"],
         },
+        "special_tokens_map": {"eos_token": "<z>", "extra_special_tokens": {"own": "<y>"}},
+        "added_tokens": {"<x>": 500},
     }
     lies = [lie for lie in LIES if lie == lie and lie not in (float("inf"), 7)]
     for name, content in files.items():

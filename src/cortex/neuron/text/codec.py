@@ -14,6 +14,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from cortex.hookspecs import Detokenizer, SamplingDefaults
+from cortex.neuron.text.added import Declared
 from cortex.neuron.text.detokenize import IncrementalDetokenizer, TokenBytes
 from cortex.neuron.text.template import DEFAULT, ChatTemplate
 from cortex.neuron.text.tokenizer import adds_bos, special_tokens, tokenizer_from_file, tokenizer_from_gguf
@@ -111,15 +112,21 @@ def codec_from_gguf(metadata: Mapping[str, Any], *, now: Callable[[], datetime] 
 def codec_from_directory(path: Path, *, now: Callable[[], datetime] = datetime.now) -> TextCodec:
     """From the files of a model directory in Hugging Face's layout.
 
-    Reads tokenizer.json, tokenizer_config.json, config.json, generation_config.json and the chat template
-    (chat_template.jinja and what is named beside it, before chat_template.json, before
+    Reads tokenizer.json and what is declared beside it (see `added`), config.json, generation_config.json and
+    the chat template (chat_template.jinja and what is named beside it, before chat_template.json, before
     tokenizer_config.json). Raises LoadFailed.
     """
     tokenizer = tokenizer_from_file(path / "tokenizer.json")
-    config, settings, generation = (
-        _read_json(path / name) for name in ("config.json", "tokenizer_config.json", "generation_config.json")
+    config, settings, generation, names, ids = (
+        _read_json(path / f"{name}.json")
+        for name in (
+            *("config", "tokenizer_config", "generation_config"),
+            *("special_tokens_map", "added_tokens"),
+        )
     )
-    texts = {name: text for name in _ROLES if (text := _token_text(settings.get(name)))}
+    declared = Declared(path, settings, names, ids)
+    declared.take_up(tokenizer)
+    texts = declared.texts
     ends = {id for source in (config, config.get("text_config"), generation) for id in _end_ids(source)}
     eos = tokenizer.token_to_id(texts["eos_token"]) if "eos_token" in texts else None
     bos = tokenizer.token_to_id(texts["bos_token"]) if "bos_token" in texts else None
@@ -178,11 +185,6 @@ def _named_templates(entries: Sequence[Any]) -> Iterator[tuple[str, str]]:
         match entry:
             case {"name": str(name), "template": str(source)}:
                 yield name, source
-
-
-def _token_text(value: Any) -> str | None:
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
 
 
 def _end_ids(source: Any) -> list[int]:
