@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -68,6 +69,57 @@ WITH_PREFIX = tokenizer_from_gguf(metadata_of())
 
 def test_control_and_user_defined_tokens_are_matched_whole() -> None:
     assert WITHOUT_PREFIX.encode("ab<mask>a  b</s>").tokens == ["ab", "<mask>", "a", "  ", "b", "</s>"]
+
+
+def test_the_unknown_token_is_matched_whole_and_not_shown() -> None:
+    """As in llama.cpp, though its type is not that of control tokens."""
+    assert WITHOUT_PREFIX.encode("ab<unk>a").tokens == ["ab", "<unk>", "a"]
+    detokenizer = codec_from_gguf(metadata_of()).detokenizer()
+    assert detokenizer.feed([0, *WITH_PREFIX.encode("ab").ids, 0]) == "ab"
+
+
+def test_characters_that_neither_pieces_nor_bytes_spell_are_unknown() -> None:
+    without_bytes = metadata_of(
+        tokens=[*SPECIAL, *PIECES],
+        token_type=[2, 3, 3, 4, *[1] * len(PIECES)],
+        scores=[0.0] * 4 + [-float(rank) for rank in range(len(PIECES))],
+    )
+    assert tokenizer_from_gguf(without_bytes).encode("ab日本 xa").tokens == [
+        "▁ab",
+        "<unk>",
+        "▁",
+        "<unk>",
+        "a",
+    ]
+
+
+@pytest.mark.slow
+def test_texts_are_encoded_and_decoded_as_transformers_does(
+    tmp_path: Path, transformers_tokenizer: Callable[[Path], Any]
+) -> None:
+    """Phi-3's, as for others it has no space before a text behind a whole token, unlike llama.cpp."""
+    metadata = metadata_of()
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "phi3")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(metadata["tokenizer.ggml.tokens"])
+    writer.add_token_scores(metadata["tokenizer.ggml.scores"])
+    writer.add_token_types(metadata["tokenizer.ggml.token_type"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    reference, codec = transformers_tokenizer(path), codec_from_gguf(metadata)
+    texts = ["", " ", "ab cd", "  a   b", "é x日🙂", "▁a", "<0x41>\n", "<s>ab", "a<s>"]
+    texts += [f"ab{token}{text}" for token in SPECIAL for text in ("", "cd", " cd", token)]
+    for text in texts:
+        ids = reference(text)["input_ids"]
+        assert codec.encode(text) == (ids[1:] if text.startswith("<s>") else ids), text
+        detokenizer = codec.detokenizer()
+        shown = detokenizer.feed(ids) + detokenizer.flush()
+        assert shown == reference.decode(ids, skip_special_tokens=True)
 
 
 @given(st.text(alphabet="abcd éx日🙂\n"))

@@ -106,7 +106,7 @@ def adds_bos(metadata: Mapping[str, Any]) -> bool:
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """Rebuild the tokenizer of a GGUF file from its metadata (`tokenizer.ggml.*`).
 
-    Control tokens become special added tokens, user-defined ones plain added tokens. Unused ids
+    Control and unknown tokens become special added tokens, user-defined ones plain added tokens. Unused ids
     (padding of the embedding) stay outside the vocabulary. Raises LoadFailed.
     """
     if metadata.get("tokenizer.ggml.model") == MODEL:

@@ -83,12 +83,16 @@ def of_type(types: Sequence[int], wanted: TokenType) -> Iterator[int]:
 
 
 def add_whole(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Have control and user-defined tokens matched whole; the former become special."""
-    tokenizer.add_special_tokens(_added(tokens, types, TokenType.CONTROL))
-    tokenizer.add_tokens(_added(tokens, types, TokenType.USER_DEFINED))
+    """Have control, unknown and user-defined tokens matched whole, as llama.cpp does; all but the last are
+    special.
+    """
+    for wanted in (TokenType.CONTROL, TokenType.UNKNOWN):
+        tokenizer.add_special_tokens(_added(tokens, types, wanted, special=True))
+    tokenizer.add_tokens(_added(tokens, types, TokenType.USER_DEFINED, special=False))
 
 
-def _added(tokens: Sequence[str], types: Sequence[int], wanted: TokenType) -> list[AddedToken]:
-    special = wanted is TokenType.CONTROL
+def _added(
+    tokens: Sequence[str], types: Sequence[int], wanted: TokenType, *, special: bool
+) -> list[AddedToken]:
     texts = [tokens[id] for id in of_type(types, wanted) if tokens[id]]
     return [AddedToken(text, special=special, normalized=False) for text in texts]
