@@ -82,16 +82,14 @@ class Declared:
 
         New ones get the next ids, as in transformers: the declared ids only order them.
         """
-        own = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-        entries = {text: msgspec.convert(token, _Entry, from_attributes=True) for text, token in own.items()}
-        entries |= {entry.content: entry for entry in self._listed}
+        known = tokenizer.get_added_tokens_decoder().values()
+        own = {token.content: msgspec.convert(token, _Entry, from_attributes=True) for token in known}
+        entries = own | {entry.content: entry for entry in self._listed}
         for entry in self._named.values():
             entries[entry.content] = msgspec.structs.replace(entries.get(entry.content, entry), special=True)
         for entry in self._extra:
             entries.setdefault(entry.content, msgspec.structs.replace(entry, special=True))
-        tokens = [entry.token() for entry in entries.values()]
-        # Often thousands are as they are already, and adding one compares it with all.
-        tokenizer.add_tokens([token for token in tokens if token != own.get(token.content)])
+        tokenizer.add_tokens([entry.token() for text, entry in entries.items() if entry != own.get(text)])
 
 
 def _named(said: Mapping[str, Any]) -> Iterator[tuple[str, _Entry]]:
