@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from cortex.neuron.text.detokenize import IncrementalDetokenizer, TokenBytes, byte_level
 from cortex.neuron.text.tokenizer import tokenizer_from_gguf
@@ -152,6 +152,17 @@ def test_added_runs_of_marks_are_runs_of_spaces(spaced_vocabulary: dict[str, int
     tokenizer.add_tokens(["▁▁▁", "<tool>"])
     ids = [tokenizer.token_to_id(token) for token in ("▁▁▁", "<tool>", "▁▁▁")]
     assert "".join(run(tokenizer, [ids])) == tokenizer.decode(ids) == "   <tool>   "
+
+
+def test_a_token_that_is_matched_with_its_space_is_shown_with_it(spaced_vocabulary: dict[str, int]) -> None:
+    """As where a token was added to a tokenizer whose normalizer puts a mark before every text."""
+    tokenizer = spaced(spaced_vocabulary, *SPACED, decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_tokens([AddedToken("<think>", normalized=True), AddedToken("<tool>", normalized=False)])
+    for text in ("a <think>! <tool>a", "<think>a<tool>", "<tool> <think>"):
+        ids = tokenizer.encode(text).ids
+        assert "".join(run(tokenizer, [[id] for id in ids])) == tokenizer.decode(ids)
+    assert "".join(run(tokenizer, [tokenizer.encode("a <think>!").ids])) == "a <think>!"
 
 
 def in_bytes(character: str) -> list[int]:

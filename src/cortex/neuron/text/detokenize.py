@@ -58,10 +58,11 @@ class TokenBytes:
         self._token = tokenizer.id_to_token
         self._spell, self.leading_spaces = _spelling(tokenizer)
         # Added tokens are matched as plain text, so plain text is what they stand for; but vocabularies that
-        # mark spaces may have runs of marks among them.
+        # mark spaces may have runs of marks among them. Where one is matched in normalised text, the mark
+        # that a normalizer puts before it is in its name, but not in its content.
         spell = str.encode if self._spell is byte_level else self._spell
         self._added = {
-            id: b"" if token.special else spell(token.content)
+            id: b"" if token.special else spell(self._token(id) or token.content)
             for id, token in tokenizer.get_added_tokens_decoder().items()
         }
 
