@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from cortex.neuron.weights import safetensors
 from cortex.neuron.weights.checkpoint import open_checkpoint
 from cortex.neuron.weights.files import OpenFile
+from cortex.neuron.weights.loader import load
 from cortex.neuron.weights.safetensors import read_directory, read_header
+from cortex.neuron.weights.source import whole
 from cortex.wire.errors import LoadFailed
 
 
@@ -53,7 +57,15 @@ def test_a_file_of_safetensors_own_writer_is_read(tmp_path: Path) -> None:
         (file_of(b"[1]"), "the header is not the JSON"),
         (file_of({"w": 3}), "entry of tensor w cannot be read"),
         (file_of(entry(shape=[2, "x"])), "entry of tensor w cannot be read"),
-        (file_of(entry(dtype="F33")), "tensor w has the unknown element type F33"),
+        (file_of(entry(dtype="Q4_0")), "tensor w has the unknown element type Q4_0"),
+        (file_of(entry(dtype="F33", data_offsets=[16, 8])), "tensor w needs 0 bytes and has offsets 16 to 8"),
+        (
+            file_of(entry(dtype="F33", data_offsets=[-8, 8])),
+            "tensor w needs 16 bytes and has offsets -8 to 8",
+        ),
+        (file_of(entry(dtype="F33", data_offsets=[0, 17])), "tensor w ends at byte"),
+        (file_of({**entry(dtype="F33"), "v": entry()["w"]}), "overlaps tensor"),
+        (file_of(entry(dtype="F33", shape=[2**10, 2**10])), "tensor w has the impossible shape"),
         (file_of(entry(shape=[2, -2])), "tensor w has the impossible shape [2, -2]"),
         (file_of(entry(shape=[2**40, 2**40])), "tensor w has the impossible shape"),
         (file_of(entry(shape=[1] * 9)), "tensor w has 9 dimensions"),
@@ -70,6 +82,25 @@ def test_a_broken_header_is_named(tmp_path: Path, content: bytes, said: str) -> 
         read_header(path)
     assert said in caught.value.message
     assert str(path) in caught.value.message
+
+
+def test_a_tensor_of_an_unknown_element_type_is_for_those_to_refuse_who_need_it(tmp_path: Path) -> None:
+    """What the next release of the format brings may be of no use to us, and then does no harm."""
+    unknown = {"dtype": "F33", "shape": [3, 5], "data_offsets": [16, 19]}
+    (tmp_path / "model.safetensors").write_bytes(file_of({**entry(), "v": unknown}, bytes(19)))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with open_checkpoint(tmp_path) as checkpoint:
+        found = checkpoint.tensors["v"]
+        assert (found.dtype, found.shape, found.nbytes) == ("F33", (3, 5), 3)
+        model = nn.Linear(2, 2, bias=False, device="meta")
+        with pytest.raises(LoadFailed, match=r"tensor v is stored as F33; F32, F16, .* can be read"):
+            load(model, {"weight": whole("v")}, checkpoint, lambda done, total: None)
+
+        def taken(tensors: Mapping[str, Tensor]) -> None:
+            assert torch.equal(tensors["weight"], torch.zeros(2, 2))
+
+        model.fill = taken
+        load(model, {"weight": whole("w")}, checkpoint, lambda done, total: None)
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
