@@ -1,14 +1,18 @@
-"""How tests compute what a checkpoint says, and models on a device that is not there."""
+"""How tests compute what a checkpoint says; checkpoints in FP8; and models on a device that is not there."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -126,6 +130,91 @@ def unnoticed(path: Path, world: int) -> set[tuple[str, int]]:
 @pytest.fixture(scope="session")
 def unnoticed_sizes() -> Callable[[Path, int], set[tuple[str, int]]]:
     return unnoticed
+
+
+# --- checkpoints in FP8 ----------------------------------------------------------------------------
+
+QUANTISED = re.compile(
+    r"(self_attn|mlp|shared_expert|experts\.\d+)\.\w+_proj\.weight|in_proj_(qkv|qkvz|z)\.|out_proj\."
+)
+"""Matrices that are in FP8 where a model is published in it."""
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def stacked_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts not each by itself but one after the other, gate and up fused."""
+    found = {name: weight for name, weight in weights.items() if not EXPERT.fullmatch(name)}
+    parts: dict[tuple[str, str], list[tuple[int, Tensor]]] = defaultdict(list)
+    for name, weight in weights.items():
+        if of := EXPERT.fullmatch(name):
+            parts[of[1], of[3]].append((int(of[2]), weight))
+    stacks = {
+        key: torch.stack([weight for _, weight in sorted(part, key=lambda at: at[0])])
+        for key, part in parts.items()
+    }
+    for experts in {experts for experts, _ in stacks}:
+        found[f"{experts}.gate_up_proj"] = torch.cat((stacks[experts, "gate"], stacks[experts, "up"]), 1)
+        found[f"{experts}.down_proj"] = stacks[experts, "down"]
+    return found
+
+
+def spread(scales: Tensor, block: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    """A scale for each number of a tensor of this shape."""
+    whole = scales.float().repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
+    return whole[..., : shape[-2], : shape[-1]]
+
+
+def in_fp8(weight: Tensor, block: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A matrix or a stack of them in 8 bits, and its scales."""
+    missing = (-weight.shape[-1] % block[1], -weight.shape[-2] % block[0])
+    padded = torch.nn.functional.pad(weight, (0, missing[0], 0, missing[1]))
+    blocks = padded.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
+    scales = blocks.abs().amax((-3, -1)).div(448).to(dtype)
+    numbers = weight / spread(scales, block, tuple(weight.shape))
+    return numbers.clamp(-448, 448).to(torch.float8_e4m3fn), scales
+
+
+class Twins(NamedTuple):
+    """A checkpoint in FP8, and one with the numbers that it means in fp32."""
+
+    fp8: Path
+    plain: Path
+
+
+def write_twins(
+    origin: Path, folder: Path, block: tuple[int, int], dtype: torch.dtype, stacked: bool = False
+) -> Twins:
+    """Of the weights of a checkpoint, with the scales in a file of their own, as a shard may end anywhere."""
+    weights: dict[str, Tensor] = {}
+    for file in origin.glob("*.safetensors"):
+        weights |= load_file(file)
+    eights, plain, scales = {}, {}, {}
+    for name, weight in (stacked_experts(weights) if stacked else weights).items():
+        if "conv1d" in name or (weight.dim() < 3 and not QUANTISED.search(name)):
+            eights[name] = plain[name] = weight
+            continue
+        eights[name], scales[f"{name}_scale_inv"] = in_fp8(weight, block, dtype)
+        plain[name] = eights[name].float() * spread(scales[f"{name}_scale_inv"], block, tuple(weight.shape))
+        scales[f"{name.removesuffix('.weight')}.activation_scale"] = torch.full((1,), 7.0)  # is not used
+    assert len(scales) > 20
+    twins = Twins(folder / "fp8", folder / "plain")
+    config = json.loads((origin / "config.json").read_text())
+    how = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": block}
+    for path, more in ((twins.fp8, {"quantization_config": how}), (twins.plain, {})):
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config | more))
+    save_file(eights, twins.fp8 / "a.safetensors")
+    save_file(scales, twins.fp8 / "b.safetensors")
+    save_file(plain, twins.plain / "model.safetensors")
+    return twins
+
+
+@pytest.fixture(scope="session")
+def make_twins(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Twins]:
+    def make(origin: Path, *how: Any, **more: Any) -> Twins:
+        return write_twins(origin, tmp_path_factory.mktemp("twins"), *how, **more)
+
+    return make
 
 
 # --- a CUDA device that is not there --------------------------------------------------------------

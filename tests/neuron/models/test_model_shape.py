@@ -415,7 +415,6 @@ def test_what_is_not_packed_takes_no_more_than_its_numbers() -> None:
         (huggingface(**{**EXPERTS, "num_experts_per_tok": 6}, model_type="qwen3_moe"), "6 of 5 experts"),
         (huggingface(model_type="mistral", sliding_window=0), "sliding_window is 0"),
         (huggingface(model_type="gemma3_text", use_bidirectional_attention=True), "bidirectional"),
-        (huggingface(quantization_config={"quant_method": "awq"}), "the quantization 'awq'"),
         (huggingface(hidden_act="gelu"), "the activation 'gelu'"),
         (huggingface(hidden_act=["silu"]), "the activation ['silu']"),
         (huggingface(layer_types=[[], {}]), "the layer type []"),

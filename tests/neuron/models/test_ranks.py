@@ -58,6 +58,7 @@ CASES = {
     "llama-packed16": Case("llama", "packed16", 0.03),
     "qwen3_moe": Case("qwen3_moe", "float32", 1e-4),
     "qwen3_5": Case("qwen3_5_text", "float32", 1e-4),
+    "qwen3_moe-fp8": Case("qwen3_moe-fp8", "float32", 1e-4),
     "gemma3": Case("gemma3_text", "float32", 1e-4, stride=81),
 }
 MORE_CASES = {
@@ -68,6 +69,7 @@ MORE_CASES = {
     "gemma3-all-rows": Case("gemma3_text", "float32", 1e-4),
     "qwen3_next": Case("qwen3_next", "float32", 1e-4),
     "qwen3_5_moe": Case("qwen3_5_moe_text", "float32", 1e-4),
+    "qwen3_5-fp8": Case("qwen3_5_text-fp8", "float32", 1e-4),
 }
 """For runs with --long."""
 ALL_CASES = {**CASES, **MORE_CASES}
@@ -83,6 +85,8 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {**FOUR_DELTAS, "num_experts": 8},
 }
 """Random models of transformers, by kind: what makes them divisible by four."""
+FP8 = (20, 24), torch.bfloat16
+"""Blocks that end where no rank's rows and columns do, and the type of their scales."""
 
 
 # --- a family whose checkpoints fuse query, key and value -----------------------------------------
@@ -340,12 +344,16 @@ def names(request: pytest.FixtureRequest) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, names: list[str], make_tiny: Any) -> Iterator[Path]:
+def models(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], make_tiny: Any, make_twins: Any
+) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("ranks")
     for kind in {case.folder for case in ALL_CASES.values()}:
-        if kind in TINY and kind in {ALL_CASES[name].folder for name in names}:
-            (folder / kind).symlink_to(make_tiny(kind, **TINY[kind]).directory)
-        elif kind not in TINY:
+        tiny = kind.removesuffix("-fp8")
+        if tiny in TINY and kind in {ALL_CASES[name].folder for name in names}:
+            made = make_tiny(tiny, **TINY[tiny]).directory
+            (folder / kind).symlink_to(made if tiny == kind else make_twins(made, *FP8).fp8)
+        elif tiny not in TINY:
             write(folder / kind, kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cast(dict[str, str], registry.FAMILIES), "fused", __name__)
@@ -401,7 +409,7 @@ def test_ranks_choose_the_tokens_of_one(ranks: Any, one_rank: Any, name: str, wo
 @pytest.mark.timeout(60)
 def test_ranks_meet_twice_a_layer_and_once_for_the_table(ranks: Any) -> None:
     for name, case in CASES.items():
-        layers = 3 if case.folder in TINY else LAYERS
+        layers = 3 if case.folder.removesuffix("-fp8") in TINY else LAYERS
         for rank in ranks[2]:
             expected = dict.fromkeys(plans_of(name), 2 * layers + 1)
             expected["a-chunk-passes-a-layer"] = 2 + 1

@@ -7,12 +7,12 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as reference
 
 from cortex.neuron.weights.dequant import dequantize
-from cortex.neuron.weights.layout import BLOCKS, READABLE
+from cortex.neuron.weights.layout import BLOCKS, FP8, READABLE
 
 PLAIN = {"F32": numpy.float32, "F16": numpy.float16}
 
 
-@pytest.mark.parametrize("dtype", READABLE)
+@pytest.mark.parametrize("dtype", [dtype for dtype in READABLE if dtype != FP8])
 def test_numbers_are_bit_equal_to_ggufs_own(dtype: str) -> None:
     """Random bytes, so many that every quant and every scale of one byte occurs, and infinities and NaN."""
     per_block, block_bytes = BLOCKS[dtype]
@@ -25,6 +25,14 @@ def test_numbers_are_bit_equal_to_ggufs_own(dtype: str) -> None:
     assert found.dtype == numpy.float32
     assert found.shape == (999, row_blocks * per_block)
     assert numpy.array_equal(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("leave_out", [[], [0x7F, 0xFF]], ids=["all", "without-nan"])
+def test_every_8_bit_float_is_what_torch_says(leave_out: list[int]) -> None:
+    raw = torch.tensor([byte for byte in range(256) if byte not in leave_out], dtype=torch.uint8)
+    found, expected = dequantize(raw.view(2, -1), FP8).view(-1), raw.view(torch.float8_e4m3fn).float()
+    assert int(found.isnan().sum()) == 2 - len(leave_out)
+    assert torch.equal(found.nan_to_num().view(torch.int32), expected.nan_to_num().view(torch.int32))
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])

@@ -84,7 +84,6 @@ def shape_from_config(checkpoint: Checkpoint) -> ModelShape:
     top = Fields(checkpoint.path, {**defaults, **checkpoint.config}, "", CONFIG)
     text = top.section("text_config") or checkpoint.config
     fields = top.inner({**defaults, **text}, CONFIG)
-    _refuse_quantization(top)
     prefix, tied, table = _tables(top, checkpoint)
     layers = fields.size("num_hidden_layers", most=MOST_LAYERS)
     heads = fields.size("num_attention_heads", most=MOST_PARTS)
@@ -144,13 +143,6 @@ def _tables(top: Fields, checkpoint: Checkpoint) -> tuple[str, bool, str]:
     if ties and head in names and table not in names:
         return prefix, True, head
     return prefix, head not in names, table
-
-
-def _refuse_quantization(fields: Fields) -> None:
-    if "quantization_config" in fields:
-        method = fields.get("quantization_config")
-        name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
-        raise fields.refuse(f"the quantization {name!r}")
 
 
 def _activation(fields: Fields) -> Activation:

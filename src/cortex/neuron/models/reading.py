@@ -13,7 +13,7 @@ from cortex.neuron.models.names import GGUF, hugging_face
 from cortex.neuron.models.registry import FAMILIES
 from cortex.neuron.models.shape import ModelShape
 from cortex.neuron.weights.checkpoint import Checkpoint
-from cortex.neuron.weights.layout import READABLE
+from cortex.neuron.weights.scaling import check_readable
 from cortex.wire.errors import LoadFailed
 
 MOST_BYTES: Final = 2**53
@@ -67,8 +67,5 @@ def _check_stored(shape: ModelShape, checkpoint: Checkpoint) -> None:
     for tensor in checkpoint.tensors.values():
         index = tensor.name.removeprefix(before).partition(after)[0]
         is_ours = tensor.name in frame or (tensor.name.startswith(before) and index in layers)
-        if is_ours and tensor.name.endswith(".weight") and tensor.dtype not in READABLE:
-            raise LoadFailed(
-                f"{tensor.file}: tensor {tensor.name} is stored as {tensor.dtype}; "
-                f"{', '.join(READABLE)} can be read."
-            )
+        if is_ours and tensor.name.endswith((".weight", "_proj")):  # the latter are stacks of experts
+            check_readable(tensor)

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Self
 from cortex.neuron.weights import gguf, safetensors
 from cortex.neuron.weights.files import OpenFile, cut_short, map_file, read_json
 from cortex.neuron.weights.layout import TensorInfo, damaged
+from cortex.neuron.weights.scaling import read_blocks, with_scales
 from cortex.wire.errors import LoadFailed
 
 CONFIG: Final = "config.json"
@@ -104,7 +105,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     A split GGUF file is named by any of its parts.
 
-    Raises LoadFailed: nothing there, neither format, or a header that does not hold together.
+    Raises LoadFailed: nothing there, neither format, a header that does not hold together, or weights that
+    are quantised in a way that cannot be read.
     """
     try:
         is_directory, is_file = path.is_dir(), path.is_file()
@@ -115,7 +117,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         model_type = config.get("model_type")
         if not isinstance(model_type, str):
             raise LoadFailed(f"{path / CONFIG} names no model_type.")
-        return Checkpoint("safetensors", path, model_type, safetensors.read_directory(path), config=config)
+        blocks = read_blocks(config, path / CONFIG)
+        tensors = with_scales(safetensors.read_directory(path), blocks)
+        return Checkpoint("safetensors", path, model_type, tensors, config=config)
     if not is_file:
         raise LoadFailed(f"{path} does not exist; a .gguf file or a directory with safetensors is needed.")
     header, tensors = _parts(path)

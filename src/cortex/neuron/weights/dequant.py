@@ -1,9 +1,9 @@
-"""Stored blocks to fp32: plain floats, the legacy quants Q4_0 to Q8_0, the K-quants Q2_K to Q6_K, and those
-whose four bits choose from a list of sixteen values: IQ4_NL, IQ4_XS and MXFP4.
+"""Stored blocks to fp32: plain floats, those of 8 bits, and of GGUF's quants Q4_0 to Q8_0, Q2_K to Q6_K, and
+those whose four bits choose from a list of sixteen values: IQ4_NL, IQ4_XS and MXFP4.
 
 Bit-equal to ggml's reference (`dequantize_row_*` in ggml-quants.c): every value is a product of
-exact factors that is rounded once, so the order of operations is free but the factors are not.
-Knows nothing of files or tensors' meaning.
+exact factors that is rounded once, so the order of operations is free but the factors are not. Scales that
+lie in a tensor of their own are multiplied in afterwards. Knows nothing of files or tensors' meaning.
 """
 
 from __future__ import annotations
@@ -29,6 +29,22 @@ def dequantize(raw: Tensor, dtype: str) -> Tensor:
     return read(blocks).reshape(rows, row_bytes // block_bytes * per_block)
 
 
+def scale_blocks(numbers: Tensor, scales: Tensor, width: int, skipped: int) -> None:
+    """Multiply fp32 [rows, columns] in place by [rows or 1, blocks]: each scale is for `width` columns, but
+    the first one for fewer by those that are `skipped`, and the last one for what is left."""
+    columns = numbers.shape[1]
+    first = min(width - skipped, columns) if skipped else 0
+    if first:
+        numbers[:, :first].mul_(scales[:, :1])
+        scales = scales[:, 1:]
+    count = (columns - first) // width
+    last = first + count * width
+    if count:
+        numbers[:, first:last].view(-1, count, width).mul_(scales[:, :count].unsqueeze(-1))
+    if last < columns:
+        numbers[:, last:].mul_(scales[:, count:])
+
+
 def _plain(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda blocks: _aligned(blocks, dtype.itemsize).view(dtype).to(torch.float32)
 
@@ -36,6 +52,19 @@ def _plain(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 def _aligned(blocks: Tensor, size: int) -> Tensor:
     """safetensors does not align its tensors; a view of another type needs it."""
     return blocks if blocks.data_ptr() % size == 0 else blocks.clone()
+
+
+_HALF_BITS: Final = -0x4001
+"""Of a half float, all bits but the highest one of the exponent."""
+
+
+def _e4m3(blocks: Tensor) -> Tensor:
+    """Its bits put into a half float, between sign and exponent a zero, are the number divided by 2^8; so it
+    is below the normal numbers too. torch's own conversion takes ten times as long."""
+    if blocks.numel() and int((blocks << 1).max()) == 254:  # there is a NaN, which would become a number
+        return blocks.view(torch.float8_e4m3fn).to(torch.float32)
+    halves = blocks.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(_HALF_BITS)
+    return halves.view(torch.float16).to(torch.float32).mul_(256)
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
@@ -200,6 +229,7 @@ _READERS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "F32": _plain(torch.float32),
     "F16": _plain(torch.float16),
     "BF16": _plain(torch.bfloat16),
+    "F8_E4M3": _e4m3,
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,

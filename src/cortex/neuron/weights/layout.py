@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -65,6 +65,7 @@ READABLE: Final = (
     "F32",
     "F16",
     "BF16",
+    "F8_E4M3",
     "Q4_0",
     "Q4_1",
     "Q5_0",
@@ -80,10 +81,15 @@ READABLE: Final = (
     "MXFP4",
 )
 """Element types that `weights.dequant` turns into numbers."""
+FP8: Final = "F8_E4M3"
+"""Numbers of this type are a weight only with their scales."""
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
-    """A tensor in a file. `shape` is outermost dimension first; `offset` and `nbytes` are of the file."""
+    """A tensor in a file. `shape` is outermost dimension first; `offset` and `nbytes` are of the file.
+
+    `scales` are those that `weights.scaling` has found for it; they may not fit, which it checks as well.
+    """
 
     name: str
     dtype: str
@@ -91,6 +97,7 @@ class TensorInfo(msgspec.Struct, frozen=True):
     file: Path
     offset: int
     nbytes: int
+    scales: Scales | None = None
 
     @property
     def columns(self) -> int:
@@ -104,6 +111,36 @@ class TensorInfo(msgspec.Struct, frozen=True):
     @property
     def row_bytes(self) -> int:
         return self.nbytes // self.rows if self.rows else 0
+
+    @property
+    def height(self) -> int:
+        """Rows of each matrix, where the tensor is a stack of them; else all."""
+        return self.shape[-2] if len(self.shape) > 1 else self.rows
+
+
+class Scales(msgspec.Struct, frozen=True):
+    """What a tensor's numbers are multiplied by: a number for each block of `rows` by `columns`.
+
+    They begin anew in each of the scaled tensor's matrices, of `height` rows, where the last ones may be
+    partial. A line of `tensor`, which has the scales, is for one row of blocks.
+    """
+
+    tensor: TensorInfo
+    rows: int
+    columns: int
+    height: int
+
+    def line(self, row: Any) -> Any:
+        """The one for a row of the scaled tensor: of an integer, or of many in a torch tensor."""
+        return row // self.height * -(-self.height // self.rows) + row % self.height // self.rows
+
+    def lines(self, start: int, stop: int) -> range:
+        """Those that rows [start, stop) need."""
+        return range(self.line(start), self.line(stop - 1) + 1) if start < stop else range(0)
+
+    def blocks(self, start: int, stop: int) -> range:
+        """Of a line, those that columns [start, stop) need."""
+        return range(start // self.columns, -(-stop // self.columns))
 
 
 def stored_bytes(dtype: str, elements: int) -> int:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from cortex.neuron.weights.checkpoint import Checkpoint
-from cortex.neuron.weights.layout import BLOCKS, READABLE, TensorInfo
+from cortex.neuron.weights.layout import BLOCKS, TensorInfo
 from cortex.neuron.weights.reading import Parameter, Parameters, Stored, row_count, stored_bytes
+from cortex.neuron.weights.scaling import check_readable
 from cortex.neuron.weights.source import Piece, Source
 from cortex.wire.errors import LoadFailed
 
@@ -191,9 +192,8 @@ def _check_piece(piece: Piece, checkpoint: Checkpoint, parameter: nn.Parameter) 
     tensor = checkpoint.tensors.get(piece.tensor)
     if tensor is None:
         raise LoadFailed(f"{checkpoint.path} lacks tensor {piece.tensor}.")
+    check_readable(tensor)
     where = f"{tensor.file}: tensor {tensor.name}"
-    if tensor.dtype not in READABLE:
-        raise LoadFailed(f"{where} is stored as {tensor.dtype}; {', '.join(READABLE)} can be read.")
     if len(tensor.shape) < parameter.dim() or (len(tensor.shape) == 1 and BLOCKS[tensor.dtype][0] != 1):
         raise LoadFailed(f"{where} has the shape {list(tensor.shape)} as {tensor.dtype}, which does not fit.")
     has = tensor.rows if piece.columns is None else tensor.columns

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cortex.neuron.weights.checkpoint import Checkpoint
-from cortex.neuron.weights.dequant import dequantize
-from cortex.neuron.weights.layout import BLOCKS, TensorInfo
+from cortex.neuron.weights.dequant import dequantize, scale_blocks
+from cortex.neuron.weights.layout import BLOCKS, Scales, TensorInfo
 from cortex.neuron.weights.source import Piece, Source
 
 CHUNK: Final = 2**19
@@ -95,7 +95,11 @@ class Parameter:
     def read_ahead(self) -> None:
         for piece in self._source:
             tensor = self._stored.tensor(piece.tensor)
-            self._stored.read_ahead(tensor, piece.start, piece.start + row_count(piece, tensor))
+            stop = piece.start + row_count(piece, tensor)
+            self._stored.read_ahead(tensor, piece.start, stop)
+            if tensor.scales is not None:
+                lines = tensor.scales.lines(piece.start, stop)
+                self._stored.read_ahead(tensor.scales.tensor, lines.start, lines.stop)
 
     def _plainly(self, start: int, stop: int) -> Tensor | None:
         """The rows as they come, if nothing has to be done to them and they are few."""
@@ -131,14 +135,27 @@ class Parameter:
         """fp32 [rows, columns] of a piece, as they are stored."""
         low, high = _run_of_blocks(piece, tensor)
         per_block, block_bytes = BLOCKS[tensor.dtype]
-        raw = self._stored.rows(tensor, piece.start + rows.start, piece.start + rows.stop)
-        raw = raw[:, low * block_bytes : high * block_bytes]
-        self._count(raw.numel())
+        first, last = piece.start + rows.start, piece.start + rows.stop
+        raw = self._stored.rows(tensor, first, last)[:, low * block_bytes : high * block_bytes]
+        self._count(_bytes_up_to(rows.stop, piece, tensor) - _bytes_up_to(rows.start, piece, tensor))
         numbers = dequantize(raw, tensor.dtype)
+        if tensor.scales is not None:  # then a block is a number
+            scales, columns = tensor.scales, tensor.scales.columns
+            scale_blocks(numbers, self._scales(scales, first, last, low, high), columns, low % columns)
         if piece.columns is None:
             return numbers
         start, stop = piece.columns
         return numbers[:, start - low * per_block : stop - low * per_block]
+
+    def _scales(self, scales: Scales, first: int, last: int, low: int, high: int) -> Tensor:
+        """fp32 [rows, blocks] for rows [first, last) and columns [low, high); one row if it does for all."""
+        lines, blocks = scales.lines(first, last), scales.blocks(low, high)
+        size = BLOCKS[scales.tensor.dtype][1]
+        raw = self._stored.rows(scales.tensor, lines.start, lines.stop)
+        found = dequantize(raw[:, blocks.start * size : blocks.stop * size], scales.tensor.dtype)
+        if len(lines) < 2:
+            return found
+        return found.index_select(0, scales.line(torch.arange(first, last)) - lines.start)
 
 
 class Parameters(Mapping[str, Tensor]):
@@ -165,9 +182,20 @@ def row_count(piece: Piece, tensor: TensorInfo) -> int:
 
 
 def stored_bytes(piece: Piece, tensor: TensorInfo) -> int:
-    """Bytes that reading a piece takes."""
+    """Bytes that reading a piece takes, those of its scales too."""
+    return _bytes_up_to(row_count(piece, tensor), piece, tensor)
+
+
+def _bytes_up_to(row: int, piece: Piece, tensor: TensorInfo) -> int:
+    """Of the rows of a piece before this one. A line of scales counts with the first row that needs it, so
+    that in whichever runs the rows are read the sum is the same."""
     low, high = _run_of_blocks(piece, tensor)
-    return row_count(piece, tensor) * (high - low) * BLOCKS[tensor.dtype][1]
+    nbytes = row * (high - low) * BLOCKS[tensor.dtype][1]
+    if tensor.scales is not None:
+        lines = tensor.scales.lines(piece.start, piece.start + row)
+        blocks = tensor.scales.blocks(low, high)
+        nbytes += len(lines) * len(blocks) * BLOCKS[tensor.scales.tensor.dtype][1]
+    return nbytes
 
 
 def _run_of_blocks(piece: Piece, tensor: TensorInfo) -> tuple[int, int]:
