@@ -206,6 +206,50 @@ async def test_a_node_that_dies_mid_stream_ends_it_with_an_error(world):
     assert ended(world)[0].outcome == "failed"
 
 
+@pytest.mark.parametrize("where", ["node", "gateway"])
+async def test_a_stream_that_is_cut_because_one_stops_ends_with_an_error(world, where):
+    node = world.nodes["a"]
+    node.gate = asyncio.Semaphore(1)
+    async with world.client.open("POST", CHAT, json=world.chat(stream=True)) as exchange:
+        assert texts(await exchange.chunk()) == ["Hel"]
+        if where == "node":
+            node.app.cut(Busy("This node is stopping.", code="stopping"))
+        else:
+            world.gateway.cut()
+        rest = (await exchange.reply()).body
+        await node.left.wait()
+    error = msgspec.json.decode(sse.Decoder().feed(rest)[-1].data)["error"]
+    assert error["code"] == "stopping"
+    assert f"his {where} is stopping" in error["message"]
+    assert [event.outcome for event in ended(world)] == ["failed"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_a_gateway_cuts_before_its_first_byte_may_be_sent_again(world, stream):
+    node = world.nodes["a"]
+    node.gate = asyncio.Semaphore(0)
+    async with world.client.open("POST", CHAT, json=world.chat(stream=stream)) as exchange:
+        await node.arrived.wait()
+        world.gateway.cut()
+        reply = await exchange.reply()
+        await node.left.wait()
+    assert (reply.status, reply.json()["error"]["code"]) == (503, "stopping")
+    assert reply.headers["retry-after"] == "15"
+    assert [(event.outcome, event.status) for event in ended(world)] == [("failed", 503)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_a_node_cuts_before_its_first_byte_is_served_by_another_one(make_world, stream):
+    world = await make_world({"a": FakeNode(), "b": FakeNode()})
+    node = world.nodes["a"]
+    node.gate = asyncio.Semaphore(0)
+    async with world.client.open("POST", CHAT, json=world.chat(stream=stream)) as exchange:
+        await node.arrived.wait()
+        node.app.cut(Busy("This node is stopping.", code="stopping"))
+        assert (await exchange.reply()).status == 200
+    assert len(world.nodes["b"].bodies) == 1
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_stops_the_node(world, stream, phase):

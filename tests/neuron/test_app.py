@@ -22,6 +22,7 @@ from cortex.neuron.hardware import CPU, Hardware, Reading
 from cortex.neuron.monitor import Monitor
 from cortex.testing import AsgiClient
 from cortex.testing.scripted import ScriptedFactory
+from cortex.wire import sse
 from cortex.wire.errors import BadRequest
 
 FILES = {"/proc/meminfo": "MemTotal: 8388608 kB\nMemAvailable: 8388608 kB\n"}
@@ -99,6 +100,24 @@ async def test_a_node_that_ends_answers_for_what_still_runs(node: Any) -> None:
         engine.before_step = None
         gate.release()
         assert (await exchange.reply()).body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_what_outlives_the_end_of_a_node_is_cut_with_words(node: Any) -> None:
+    engine = await node.load()
+    gate = asyncio.Semaphore(1)
+    engine.before_step = lambda request_id, step: gate.acquire()
+    async with node.ask(stream=True) as streamed, node.ask() as whole:
+        first = await streamed.chunk()
+        node.neuron.drain()
+        node.neuron.cut()
+        last = sse.Decoder().feed((await streamed.reply()).body)
+        reply = await whole.reply()
+    assert first is not None
+    assert b'"code":"stopping"' in last[-2].data
+    assert last[-1].data == b"[DONE]"
+    assert (reply.status, reply.json()["error"]["code"]) == (503, "stopping")
+    assert len(engine.cancelled) == 2
+    await node.nothing_left()
 
 
 async def test_stopping_without_a_start_is_fine(tmp_path: Path) -> None:

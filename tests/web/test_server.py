@@ -12,7 +12,7 @@ from cortex.web.asgi import EventStream, Response
 from cortex.web.pool import Pool
 from cortex.web.server import BindError, serve
 from cortex.web.service import Route, Service
-from cortex.wire.errors import NodeLost
+from cortex.wire.errors import Busy, NodeLost
 
 
 class Node:
@@ -34,7 +34,7 @@ class Node:
         return Response(await request.body(), headers=[("x-path", request.path)])
 
     async def stream(self, request):
-        return EventStream(self.events(), fail=lambda error: b"")
+        return EventStream(self.events(), fail=lambda error: b"data: %b\n\n" % error.code.encode())
 
     async def work(self, request):
         return Response(b"".join([event async for event in self.events()]))
@@ -54,13 +54,13 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def running(*apps, drain_s=5.0, on_stop=None):
+async def running(*apps, drain_s=5.0, on_stop=None, cut=None):
     """The apps on ports of their own; gives their URLs, the event that stops them, and the server's task."""
     stop = asyncio.Event()
     ready = asyncio.get_running_loop().create_future()
     listeners = [("127.0.0.1:0", app) for app in apps]
     server = asyncio.create_task(
-        serve(listeners, stop=stop, on_ready=ready.set_result, on_stop=on_stop, drain_s=drain_s)
+        serve(listeners, stop=stop, on_ready=ready.set_result, on_stop=on_stop, cut=cut, drain_s=drain_s)
     )
     try:
         addresses = await ready
@@ -244,6 +244,50 @@ async def test_stopping_waits_only_so_long(pool, caplog, on_stop):
             with pytest.raises(NodeLost):
                 await anext(chunks)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("on_stop", [None, lambda: None])
+async def test_what_is_cut_when_the_time_is_over_tells_its_clients(pool, on_stop):
+    node = Node()
+    stopping = Busy("We are stopping.", code="stopping")
+    options = {"drain_s": 0.05, "on_stop": on_stop, "cut": lambda: node.app.cut(stopping)}
+    async with running(node.app, **options) as ((url,), stop, server):
+        node.turn.release()
+        async with await pool.request("POST", url + "/stream") as reply:
+            chunks = reply.chunks()
+            assert await anext(chunks) == b"data: 0\n\n"
+            stop.set()
+            assert [chunk async for chunk in chunks] == [b"data: stopping\n\n"]
+        async with asyncio.timeout(2.0):
+            await server
+        assert node.how == "cancelled"
+
+
+async def test_a_client_that_does_not_take_its_last_words_is_waited_for_a_moment_only(monkeypatch):
+    monkeypatch.setattr("cortex.web.listener._LAST_WORDS_S", 0.05)
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def endless(request):
+        async def source():
+            try:
+                while True:
+                    begun.set()
+                    yield b"x" * 65536
+            finally:
+                ended.set()
+
+        return EventStream(source(), fail=lambda error: b"the end")
+
+    app = Service([Route("GET", "/", endless)], name="test")
+    async with running(app, drain_s=0.05, cut=lambda: app.cut(Busy("Stop."))) as ((url,), stop, server):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as deaf:
+            deaf.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            await begun.wait()
+            stop.set()
+            async with asyncio.timeout(2.0):
+                await server
+            assert ended.is_set()
 
 
 async def test_a_port_in_use_is_said_so_and_takes_nothing():

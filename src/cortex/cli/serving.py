@@ -41,6 +41,8 @@ class Daemon(NamedTuple):
     start: Callable[[], Awaitable[None]]
     stop: Callable[[], Awaitable[None]]
     listeners: Sequence[tuple[str, ASGIApp]]
+    cut: Callable[[], None]
+    """Ends what has had its time to end, and tells those who wait for it."""
     drain: Callable[[], None] | None = None
     """Refuses what is new while what runs may end; without it nobody is listened to any more by then."""
 
@@ -57,7 +59,7 @@ def serve_command(path: Path | None) -> None:
         gateway = build_gateway(config, load_models(config, path))
         section = config.gateway
         listeners = [(section.listen, gateway.app), (section.metrics_listen, gateway.metrics_app)]
-        return Daemon("gateway", gateway.start, gateway.stop, listeners)
+        return Daemon("gateway", gateway.start, gateway.stop, listeners, gateway.cut)
 
     run_daemon(build)
 
@@ -78,7 +80,8 @@ def neuron_command(path: Path | None) -> None:
     def build() -> Daemon:
         config = load_neuron(path)
         neuron = build_neuron(config)
-        return Daemon("neuron", neuron.start, neuron.stop, [(config.listen, neuron.app)], neuron.drain)
+        listeners = [(config.listen, neuron.app)]
+        return Daemon("neuron", neuron.start, neuron.stop, listeners, neuron.cut, neuron.drain)
 
     run_daemon(build)
 
@@ -128,7 +131,7 @@ async def _live(build: Callable[[], Daemon]) -> None:
 
     try:
         if await finished_before(stop, daemon.start()):
-            await serve(daemon.listeners, stop=stop, on_ready=ready, on_stop=daemon.drain)
+            await serve(daemon.listeners, stop=stop, on_ready=ready, on_stop=daemon.drain, cut=daemon.cut)
     finally:
         notify(STOPPING)
         await daemon.stop()

@@ -28,9 +28,12 @@ from cortex.web.peers import bearer
 from cortex.web.pool import Pool
 from cortex.web.service import Route, Service
 from cortex.web.stream import Connect, open_tcp
+from cortex.wire.errors import Busy
 
 CONNECTIONS_PER_NODE: Final = 1024
 """Bounds the sockets to one node; requests beyond wait in line here, not in the node's backlog."""
+STOPPING_RETRY_S: Final = 15
+"""Until a gateway that stops may be back."""
 
 Credential = Callable[[Headers], str | None]
 
@@ -48,6 +51,10 @@ class Gateway:
     async def start(self) -> None:
         """Looks at every node once, then keeps looking in the background."""
         await self.poller.start()
+
+    def cut(self) -> None:
+        """End the requests that are under way, and tell their clients why."""
+        self.app.cut(Busy("This gateway is stopping.", code="stopping", retry_after=STOPPING_RETRY_S))
 
     async def stop(self) -> None:
         await self.poller.stop()

@@ -16,6 +16,8 @@ from cortex.wire.errors import CortexError
 log: Final = logging.getLogger("cortex.observe")
 
 UNKNOWN_MODEL: Final = "unknown"
+CLIENT_GONE: Final = 499
+"""Nobody sees this status; nginx's number for it stands in the account."""
 REFUSED_5XX: Final = frozenset({503})
 """Server-side statuses that mean "not now" and not "broken"."""
 
@@ -111,6 +113,13 @@ class Account:
         """`sent`: the client has had part of the reply already, so nothing was refused."""
         refused = not sent and (error.status < 500 or error.status in REFUSED_5XX)
         self.settle("refused" if refused else "failed", error.status)
+
+    def settle_cancelled(self, cut: CortexError | None) -> None:
+        """Its work was ended: the server has `cut` it, else its client has left."""
+        if cut is None:
+            self.settle("client_gone", CLIENT_GONE)
+        else:
+            self.settle("failed", cut.status)
 
     def _ended(self, outcome: Outcome, status: int) -> RequestEnded:
         now = self._clock()

@@ -39,8 +39,6 @@ from cortex.wire.errors import (
 log: Final = logging.getLogger("cortex.serve")
 
 ANOTHER_NODE_MAY_HELP: Final = (NodeLost, Busy, Loading, LoadFailed, OverLimit, UnknownModel)
-CLIENT_GONE: Final = 499
-"""Nobody sees this status; nginx's number for it stands in the account."""
 ASK_FOR_USAGE: Final = {"stream_options": {"include_usage": True}}
 
 
@@ -97,7 +95,7 @@ class Serving:
             account.settle_error(error, sent=False)
             raise
         except asyncio.CancelledError:
-            account.settle("client_gone", CLIENT_GONE)
+            account.settle_cancelled(request.cut)
             raise
         except Exception:
             account.settle("failed", 500)
@@ -197,7 +195,7 @@ class Relay:
             self._account.settle_error(error, sent=sent)
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            self._account.settle("client_gone", CLIENT_GONE)
+            self._account.settle_cancelled(self._request.cut)
             raise
         except Exception:
             self._account.settle("failed", 500)

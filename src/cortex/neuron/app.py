@@ -29,7 +29,7 @@ from cortex.neuron.memory import MIB, Ledger, budget_of
 from cortex.neuron.metrics import NeuronMetrics
 from cortex.neuron.monitor import Monitor
 from cortex.neuron.references import References
-from cortex.neuron.residents import Residents
+from cortex.neuron.residents import Residents, stopping
 from cortex.neuron.torch_engine import CUDA_DTYPES, DTYPES, TorchFactory
 from cortex.neuron.wheels import WheelCache
 from cortex.plugins import EnginePlugins, load_engine_plugins
@@ -75,6 +75,10 @@ class Neuron:
         for task in self._tasks:
             task.cancel()
         self._residents.refuse_new()
+
+    def cut(self) -> None:
+        """End the requests that are under way, and tell their clients why."""
+        self.app.cut(stopping())
 
     async def stop(self) -> None:
         """Refuse what is new, drain briefly, end every process. Also after a start that failed."""

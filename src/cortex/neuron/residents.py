@@ -179,7 +179,7 @@ class Residents:
         lives = {entry.life for entry in self._entries.values() if entry.life is not None}
         for entry in self._entries.values():
             if entry.load is not None:
-                entry.load.abandon(_stopping())
+                entry.load.abandon(stopping())
             entry.unload.set()
         if lives and drain_s > 0:
             _, lives = await asyncio.wait(lives, timeout=drain_s)
@@ -333,7 +333,7 @@ class Residents:
 
     def _refuse_when_stopping(self) -> None:
         if self._stopping:
-            raise _stopping()
+            raise stopping()
 
     def _unknown(self, model_id: str) -> UnknownModel:
         known = [entry.resident for entry in self._entries.values()]
@@ -361,7 +361,7 @@ def _is_form(quant: str | None) -> bool:
     return quant is not None and quant.lower() in QUANT_FORMS
 
 
-def _stopping() -> Busy:
+def stopping() -> Busy:
     return Busy("This node is stopping.", code="stopping", retry_after=15)
 
 

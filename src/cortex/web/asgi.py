@@ -29,12 +29,14 @@ class Request:
     """One HTTP request. `id` is the client's `x-request-id` if that is sane, else a new one.
 
     `started` is the time of arrival on the service's clock; `log` takes extra fields for the one log
-    line of this request.
+    line of this request. `cut` is the error with which the server has ended the work on it, if it has: what
+    is cancelled otherwise is so because the client has left.
     """
 
     __slots__ = (
         "_read",
         "client",
+        "cut",
         "headers",
         "id",
         "log",
@@ -65,6 +67,7 @@ class Request:
         self.started = started
         self.routine = False
         self.log: dict[str, object] = {}
+        self.cut: CortexError | None = None
         self._read = read
 
     @property

@@ -13,7 +13,7 @@ from typing import Final
 
 from cortex.web.asgi import Message, Receive, Send
 from cortex.web.idle import CallLater, Clock, IdleTimer
-from cortex.wire.errors import TooLarge
+from cortex.wire.errors import CortexError, TooLarge
 
 STALL_S: Final = 60.0
 """Seconds for which a client may neither give nor take anything."""
@@ -29,8 +29,8 @@ class ClientGone(Exception):
 class Exchange:
     """Owns the channel to one client while the request is handled by the current task.
 
-    Used as a context manager around the handling. When the client goes, that task is cancelled; the
-    context manager takes this cancellation back, and only this one.
+    Used as a context manager around the handling. When the client goes, or the work is cut, that task is
+    cancelled; the context manager takes these cancellations back, and only these.
     """
 
     def __init__(
@@ -48,8 +48,10 @@ class Exchange:
         self._idle = IdleTimer(STALL_S, self._leave, clock, call_later)
         self._watcher: asyncio.Task[None] | None = None
         self._task: asyncio.Task[object] | None = None
-        self._cancelled = False
         self._cancelling = 0
+        self._cancels = 0
+        """Of the task, by us, that were not taken back yet."""
+        self._cut: CortexError | None = None
 
     def __enter__(self) -> Exchange:
         self._task = asyncio.current_task()
@@ -62,9 +64,10 @@ class Exchange:
         self._idle.close()
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._cancelled and self._task is not None and self._task.uncancel() > self._cancelling:
-            return False
-        return kind is ClientGone or (kind is asyncio.CancelledError and self._cancelled)
+        if kind is not asyncio.CancelledError:
+            self._take_back(self._cancels)
+            return kind is ClientGone
+        return self._cancels > 0 and self._take_back(self._cancels)
 
     async def body(self) -> bytes:
         """The whole request body. Raises TooLarge over the cap, ClientGone if it never ends."""
@@ -85,6 +88,23 @@ class Exchange:
     def watch(self) -> None:
         """From now on the client's leaving cancels the task. The body must have been read."""
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    def cut(self, error: CortexError) -> bool:
+        """Cancel the work although the client is there, which is to hear `error` in its stead.
+
+        False where it comes too late: the client has gone, or has the end of its reply.
+        """
+        if self.gone or self._finishing or self._cut is not None or self._task is None:
+            return False
+        self._cut = error
+        self._cancel()
+        return True
+
+    def words_of(self, cancelled: asyncio.CancelledError) -> CortexError:
+        """What `cut` wants told, which the task may go on to tell. Raises a cancellation by anybody else."""
+        if self._cut is None or self.gone or self._cancels != 1 or not self._take_back(1):
+            raise cancelled
+        return self._cut
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
@@ -155,8 +175,22 @@ class Exchange:
 
     def _leave(self) -> None:
         if not self.gone and self._task is not None:
-            self.gone = self._cancelled = True
-            self._task.cancel()
+            self.gone = True
+            self._cancel()
+
+    def _cancel(self) -> None:
+        assert self._task is not None
+        self._cancels += 1
+        self._task.cancel()
+
+    def _take_back(self, cancels: int) -> bool:
+        """Take back so many cancellations of ours; False if somebody else has cancelled the task as well."""
+        if self._task is None:
+            return True
+        for _ in range(cancels):
+            self._task.uncancel()
+        self._cancels -= cancels
+        return self._task.cancelling() <= self._cancelling
 
 
 def too_large(cap: int) -> TooLarge:

@@ -8,7 +8,6 @@ accepting and ending connections are done here, around hypercorn's class for one
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import time
@@ -30,27 +29,36 @@ KEEP_ALIVE_S: Final = 75.0
 
 BACKLOG: Final = 1024
 _MAX_HEAD: Final = 64 * 1024
+_LAST_WORDS_S: Final = 1.0
+"""For what was cut, to tell its client so."""
 _FINAL_HEAD: Final = (b"HTTP/1.1 2", b"HTTP/1.1 3", b"HTTP/1.1 4", b"HTTP/1.1 5")
 
 _log: Final = logging.getLogger("cortex.web")
 
 
 async def listen(
-    sock: socket.socket, app: ASGIApp, stop: asyncio.Event, drain_s: float, *, lingers: bool = False
+    sock: socket.socket,
+    app: ASGIApp,
+    stop: asyncio.Event,
+    drain_s: float,
+    *,
+    lingers: bool = False,
+    cut: Callable[[], None] | None = None,
 ) -> None:
     """Accept connections until `stop`; then close the idle ones, and give the others `drain_s` seconds.
 
-    With `lingers` new connections are accepted, and served, for as long as those others take.
+    With `lingers` new connections are accepted, and served, for as long as those others take. When the time
+    is over `cut` is called, which makes the app end what it still works on; what that says goes out.
     """
     config, serving = _config(), Serving()
     wrapped = ASGIWrapper(cast(ASGIFramework, app))
-    connections: set[asyncio.Task[Any]] = set()
+    connections: dict[asyncio.Task[Any], asyncio.WriteTransport] = {}
     late_serving = Serving()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = cast("asyncio.Task[Any]", asyncio.current_task())
-        connections.add(task)
-        task.add_done_callback(connections.discard)
+        connections[task] = writer.transport
+        task.add_done_callback(connections.pop)
         try:
             shared = late_serving if stop.is_set() else serving
             await ServedConnection(wrapped, config, shared, reader, writer)
@@ -70,22 +78,28 @@ async def listen(
         if not lingers:
             server.close()
         await serving.end()
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(drain_s):
                 await _ended(connections)
                 server.close()
                 await late_serving.end()
                 await _ended(connections)
-        server.close()
-        for task in connections:
+        except TimeoutError:
+            server.close()
+            await late_serving.end()
+            if cut is not None:
+                cut()
+                await _ended(connections, _LAST_WORDS_S)
+        for task, transport in connections.items():
             task.cancel()
+            transport.abort()  # else what its client does not take would be waited for
         await asyncio.gather(*connections, return_exceptions=True)
 
 
-async def _ended(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Returns when all that there are now have ended."""
+async def _ended(tasks: Collection[asyncio.Task[Any]], within: float | None = None) -> None:
+    """Returns when all that there are now have ended, or so many seconds are over."""
     if tasks:
-        await asyncio.wait(list(tasks))
+        await asyncio.wait(list(tasks), timeout=within)
 
 
 class Serving(WorkerContext):

@@ -28,19 +28,22 @@ async def serve(
     stop: asyncio.Event,
     on_ready: Callable[[list[str]], None] | None = None,
     on_stop: Callable[[], None] | None = None,
+    cut: Callable[[], None] | None = None,
     drain_s: float = 30.0,
 ) -> None:
     """Serve each app on its `host:port` until `stop`, then let running requests end for `drain_s` seconds.
 
     `on_ready` gets the real addresses, in order, when connections are accepted. `on_stop` makes the apps
     refuse work that is new; with it connections are accepted until the running requests have ended, so
-    that nobody who asks how we are takes us for gone, and the requests with us. Raises BindError.
+    that nobody who asks how we are takes us for gone, and the requests with us. `cut`, which may be called
+    more than once, makes the apps end what runs after that; connections are closed a moment later.
+    Raises BindError.
     """
     sockets = bind_all([bind for bind, _ in listeners])
     addresses = [_shown(sock) for sock in sockets]
     async with asyncio.TaskGroup() as servers:
         for sock, (_, app) in zip(sockets, listeners, strict=True):
-            servers.create_task(listen(sock, app, stop, drain_s, lingers=on_stop is not None))
+            servers.create_task(listen(sock, app, stop, drain_s, lingers=on_stop is not None, cut=cut))
         if on_ready is not None:
             on_ready(addresses)
         await stop.wait()

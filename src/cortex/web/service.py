@@ -6,6 +6,7 @@ line, and the end of the work when the client leaves. Does not know what any rou
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -42,7 +43,8 @@ class Service:
     """An ASGI app (http and lifespan). Routes are tried in their order; `guard` stands before all of them.
 
     A client that leaves, or takes nothing for a minute, ends the work on its request: CancelledError in
-    the handler or in the source of its EventStream, which is closed. `name` ends the access logger's name.
+    the handler or in the source of its EventStream, which is closed. `cut` ends it in the same way, but the
+    client is told. `name` ends the access logger's name.
     """
 
     def __init__(
@@ -63,6 +65,13 @@ class Service:
         self._render_error = render_error
         self._guard = guard
         self._access = AccessLog(name)
+        self._open: dict[Exchange, Request] = {}
+
+    def cut(self, error: CortexError) -> None:
+        """End all work that is under way. Who waits for a reply gets `error`; a stream ends with it."""
+        for exchange, request in self._open.items():
+            if exchange.cut(error):
+                request.cut = error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -77,12 +86,14 @@ class Service:
         exchange = Exchange(receive, send, cap=self._cap, clock=self._clock, call_later=self._call_later)
         request = Request(scope, self._clock(), exchange.body)
         outcome = "aborted"
+        self._open[exchange] = request
         try:
             with exchange:
                 outcome = await self._answer(request, exchange)
             if exchange.gone:
                 outcome = "client_gone"
         finally:
+            del self._open[exchange]
             seconds = self._clock() - request.started
             self._access.request(
                 request, status=exchange.status, sent=exchange.sent, seconds=seconds, outcome=outcome
@@ -107,8 +118,8 @@ class Service:
                 return await self._stream(request, exchange, reply)
         except ClientGone:
             raise
-        except Exception as error:
-            known = error if isinstance(error, CortexError) else self._crashed(request)
+        except (Exception, asyncio.CancelledError) as error:
+            known = self._told(error, exchange, request)
             if exchange.started:
                 # Half a reply is out: leaving it unfinished makes the server cut the connection.
                 return "failed"
@@ -150,12 +161,12 @@ class Service:
             await _pump(reply, heartbeat, put, once=request.method == "HEAD")
         except ClientGone:
             raise
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            known = self._told(error, exchange, request)
             await heartbeat.end()
             if not exchange.started:
-                raise
+                raise known from None
             outcome = "failed"
-            known = error if isinstance(error, CortexError) else self._crashed(request)
             await exchange.write(reply.fail(known))
         finally:
             await heartbeat.close()
@@ -165,7 +176,14 @@ class Service:
         await exchange.finish()
         return outcome
 
-    def _crashed(self, request: Request) -> Internal:
+    def _told(
+        self, error: Exception | asyncio.CancelledError, exchange: Exchange, request: Request
+    ) -> CortexError:
+        """What the client hears of an error. Raises a cancellation that is none of ours."""
+        if isinstance(error, CortexError):
+            return error
+        if isinstance(error, asyncio.CancelledError):
+            return exchange.words_of(error)
         _log.exception("request %s: %s %r failed", request.id, request.method, request.path)
         return Internal(f"Something went wrong here; the log has it under request id {request.id}.")
 
