@@ -248,13 +248,16 @@ async def test_a_worker_that_hangs_up_but_stays_is_ended(engine: WorkerEngine, w
 async def test_an_engine_that_says_that_it_is_broken_is_told_with_its_reason(
     engine: WorkerEngine, worker: FakeWorker
 ) -> None:
-    task = asyncio.ensure_future(anext(engine.generate("r", [1], SAMPLING)))
+    tasks = [asyncio.ensure_future(anext(engine.generate(name, [1], SAMPLING))) for name in ("r", "waits")]
     await settle()
     worker.say(Output(key=1, ids=[], error="The model ran out of memory in a step."))
     worker.mouth.put_nowait(Broken(reason="ran out of memory in a step"))
     worker.die("ended by itself")
     with pytest.raises(Internal, match="ran out of memory"):
-        await task
+        await tasks[0]
+    with pytest.raises(Loading) as failure:  # it was not in the step
+        await tasks[1]
+    assert (failure.value.code, failure.value.retry_after) == ("engine_ended", 1)
     assert await engine.died() == "ran out of memory in a step, and ended by itself"
     with pytest.raises(Loading, match="engine of m ran out of memory in a step, and ended by itself"):
         await anext(engine.generate("late", [1], SAMPLING))

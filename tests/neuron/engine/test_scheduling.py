@@ -348,13 +348,12 @@ def test_those_who_were_not_in_a_broken_step_are_computed_anew() -> None:
     assert made.pool.idle == 0
 
 
-def test_a_lost_device_fails_everything() -> None:
+def test_a_lost_device_fails_the_sequences_in_its_step_and_says_nothing_of_the_others() -> None:
     made = scheduler(max_running=1)
     made.add(order(1))
     made.add(order(2))
-    planned(made)
-    assert [output.key for output in made.fail_all("why")] == [1, 2]
-    assert made.idle
+    assert [output.key for output in made.give_up(planned(made), "why")] == [1]
+    assert made.take_counts().preempted == 0
     assert made.pool.held == 0
 
 

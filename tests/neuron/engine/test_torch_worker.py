@@ -321,9 +321,8 @@ def test_damaged_weights_are_told_and_end_the_worker(
     started.send(load(tmp_path))
     while not isinstance(started.report(), Ready):
         pass
-    started.send(generate(1, length=20), generate(2, length=3))
-    outputs = started.outputs()
-    assert [next(outputs).key for _ in range(2)] == [1, 2]
+    started.send(generate(1, length=20))
+    assert "not numbers" in str(next(started.outputs()).error)
     report = started.report()
     assert isinstance(report, Broken)
     assert "not numbers" in report.reason

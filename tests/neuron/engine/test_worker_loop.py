@@ -230,41 +230,52 @@ def test_whoever_was_not_in_a_broken_step_is_computed_anew(wide: Bench) -> None:
     ],
     ids=["allocator", "cuda", "python"],
 )
-def test_a_full_memory_fails_every_request_and_ends_the_worker(bench: Bench, error: Exception) -> None:
+def test_a_full_memory_fails_the_requests_in_the_step_and_ends_the_worker(
+    bench: Bench, error: Exception
+) -> None:
     bench.runner.fails = error
     bench.send(generate(1), generate(2))
     bench.run_step()
-    outputs = bench.step()
-    assert [output.key for output in outputs] == [1, 2]
-    assert {output.error for output in outputs} == {
-        "The model ran out of memory in a step; a shorter prompt may fit."
-    }
+    (output,) = bench.step()
+    assert output.key == 1
+    assert output.error == "The model ran out of memory in a step; a shorter prompt may fit."
     assert bench.report() == Broken(reason="ran out of memory in a step")
     assert bench.report() is None
     assert len(bench.runner.plans) == 1
 
 
-def test_values_that_are_not_numbers_fail_every_request_and_end_the_worker(bench: Bench) -> None:
+def test_values_that_are_not_numbers_fail_the_requests_in_the_step_and_end_the_worker(bench: Bench) -> None:
     bench.runner.value = float("nan")
     bench.send(generate(1), generate(2))
     bench.run_step()
-    outputs = bench.step()
-    assert [output.key for output in outputs] == [1, 2]
-    assert all("values that are not numbers" in str(output.error) for output in outputs)
+    (output,) = bench.step()
+    assert output.key == 1
+    assert "values that are not numbers" in str(output.error)
     report = bench.report()
     assert isinstance(report, Broken)
     assert report.reason == "computed values that are not numbers; the weights may be damaged"
     assert bench.report() is None
 
 
-def test_a_broken_device_fails_every_sequence_and_ends_the_worker(bench: Bench) -> None:
+def test_a_running_sequence_that_was_not_in_the_step_is_not_at_fault_either(wide: Bench) -> None:
+    wide.send(generate(1, length=8), generate(2, length=8))
+    assert wide.run_step().ids == [1] * 4
+    assert wide.step() == []
+    wide.runner.wait()
+    wide.runner.value = float("nan")
+    wide.runner.let_on()
+    assert [output.key for output in wide.step()] == [1]
+    assert isinstance(wide.report(), Broken)
+
+
+def test_a_broken_device_fails_the_requests_in_the_step_and_ends_the_worker(bench: Bench) -> None:
     bench.runner.device = torch.device("cuda")
     bench.runner.fails = RuntimeError("CUDA error: an illegal memory access was encountered")
     bench.send(generate(1), generate(2))
     bench.run_step()
-    outputs = bench.step()
-    assert [output.key for output in outputs] == [1, 2]
-    assert all("illegal memory access" in str(output.error) for output in outputs)
+    (output,) = bench.step()
+    assert output.key == 1
+    assert "illegal memory access" in str(output.error)
     report = bench.report()
     assert isinstance(report, Broken)
     assert "illegal memory access" in report.reason

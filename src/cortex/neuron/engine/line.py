@@ -72,12 +72,6 @@ class Line:
                 self._leave(sequence)
                 break
 
-    def clear(self) -> list[Sequence]:
-        everybody = list(self._waiting)
-        for sequence in everybody:
-            self._leave(sequence)
-        return everybody
-
     def take_late(self) -> list[Sequence]:
         """Those that have waited too long, who leave."""
         if self.max_wait is None or not self._waiting:

@@ -144,7 +144,7 @@ class Loop:
             sampled = _read(flight.chosen)
             if sampled is None:
                 reason = "computed values that are not numbers; the weights may be damaged"
-                outputs = self._scheduler.fail_all(f"The model {reason}.")
+                outputs = self._scheduler.give_up(scheduled, f"The model {reason}.")
             else:
                 outputs = self._scheduler.complete(scheduled, sampled)
         except Exception as error:
@@ -165,17 +165,20 @@ class Loop:
 
         It goes on after an error of its own on a CPU, where a step leaves nothing behind but the blocks of
         its sequences. It does not after a full memory, with other ranks, which may have done the step, or
-        after a CUDA error, after which the driver's state is unknown.
+        after a CUDA error, after which the driver's state is unknown. Sequences that were not in the step are
+        at fault for none of it; they end with the engine, and may come again.
         """
         requests = ", ".join(sequence.request_id for sequence in scheduled.sequences)
         _log.error("a step failed; requests: %s", requests, exc_info=error)
         reason = broken_by(error)
         what = f"{type(error).__name__}: {error}"
         if out_of_memory(error):
-            return self._scheduler.fail_all(f"The model {reason}; a shorter prompt may fit."), reason
+            return self._scheduler.give_up(
+                scheduled, f"The model {reason}; a shorter prompt may fit."
+            ), reason
         if self._runner.device.type == "cpu" and not self._ranks.others:
             return self._scheduler.fail(scheduled, f"The model failed in this step ({what})."), None
-        return self._scheduler.fail_all(f"The model failed in this step ({what})."), reason
+        return self._scheduler.give_up(scheduled, f"The model failed in this step ({what})."), reason
 
     def _done(self, scheduled: Scheduled, seconds: float) -> EngineStep:
         scheduler = self._scheduler

@@ -178,20 +178,18 @@ class Scheduler:
 
         Nobody knows what of its copies and writes has happened, so the others are computed anew.
         """
-        failed = [sequence for sequence in scheduled.sequences if sequence.blocks]
-        for sequence in failed:
-            self._release(sequence)
+        outputs = self.give_up(scheduled, message)
         for sequence in reversed(self._running.copy()):
             self._preempt(sequence)
         self.pool.forget_idle()
-        return [Output(key=sequence.key, ids=[], error=message) for sequence in failed]
+        return outputs
 
-    def fail_all(self, message: str) -> list[Output]:
-        """Nothing can be computed any more: every sequence, waiting ones included, ends."""
-        ended = [*self._running, *self._waiting.clear()]
-        for sequence in list(self._running):
+    def give_up(self, scheduled: Scheduled, message: str) -> list[Output]:
+        """The same where nothing can be computed any more. Others learn it from the end of the engine."""
+        failed = [sequence for sequence in scheduled.sequences if sequence.blocks]
+        for sequence in failed:
             self._release(sequence)
-        return [Output(key=sequence.key, ids=[], error=message) for sequence in ended]
+        return [Output(key=sequence.key, ids=[], error=message) for sequence in failed]
 
     # --- who runs ---
 
