@@ -41,8 +41,10 @@ def echo(sock, word="", tied=True, link=None):
                 os._exit(3)
             sock.sendall(frame(Step(outputs=[Output(key=key, ids=[os.getpid()])])))
 
-def busy(sock):
+def busy(sock, probed=False):
     """Looks at nothing, like a kernel that hangs."""
+    if probed:
+        return
     tie()
     sock.sendall(frame(LoadProgress(phase="busy", done=os.getpid(), total=os.getppid())))
     time.sleep(600)
@@ -230,7 +232,8 @@ import node_test_workers
 from cortex.neuron.processes import WarmServer
 
 async def main():
-    server = WarmServer(["colorsys"], node_test_workers.busy)
+    server = WarmServer(["colorsys"], node_test_workers.busy, probe=(True,))
+    await server.start()
     worker = await server.spawn()
     report = await anext(worker.reports())
     print(report.done, report.total, flush=True)
@@ -249,7 +252,7 @@ async def _run_program(folder: Path, then: str) -> tuple[asyncio.subprocess.Proc
         *(sys.executable, str(folder / "program.py")),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(folder)},
     )
     assert program.stdout is not None
     assert await program.stdout.readline() == b"main imported as __main__\n"
@@ -259,12 +262,19 @@ async def _run_program(folder: Path, then: str) -> tuple[asyncio.subprocess.Proc
     return program, started
 
 
-async def test_a_node_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+def files(folder: Path) -> list[Path]:
+    """What multiprocessing keeps there."""
+    return [file for file in folder.rglob("*") if "pymp-" in str(file.relative_to(folder))]
+
+
+async def test_a_node_that_is_killed_leaves_no_process_and_no_file(tmp_path: Path) -> None:
     program, started = await _run_program(tmp_path, "await asyncio.sleep(600)")
     assert len(started) >= 3, "warm server, resource tracker, worker"
+    assert len(files(tmp_path)) == 2, "a folder and a socket"
     program.kill()
     _, remaining = await asyncio.to_thread(psutil.wait_procs, started, 10)
     assert not remaining
+    assert not files(tmp_path)
 
 
 async def test_a_node_that_fails_without_cleaning_up_ends_all_the_same(tmp_path: Path) -> None:
@@ -274,3 +284,4 @@ async def test_a_node_that_fails_without_cleaning_up_ends_all_the_same(tmp_path:
     assert await asyncio.wait_for(program.wait(), 10) == 5
     _, remaining = await asyncio.to_thread(psutil.wait_procs, started, 10)
     assert not remaining
+    assert not files(tmp_path)

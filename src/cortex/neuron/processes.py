@@ -26,6 +26,7 @@ from cortex.neuron.worker_process import FINE, WorkerProcess
 from cortex.wire.errors import LoadFailed
 
 _context: Final = multiprocessing.get_context("forkserver")
+_LEAVINGS: Final = "cortex.neuron.leavings"
 _ATTEMPTS: Final = 3
 _RETRY_S: Final = 0.05
 
@@ -56,7 +57,7 @@ class WarmServer:
 
         Raises LoadFailed if they cannot.
         """
-        _context.set_forkserver_preload([*self._preload, __name__])
+        _context.set_forkserver_preload([*self._preload, __name__, _LEAVINGS])
         worker = await self.spawn(*self._probe)
         try:
             worker.hang_up()
@@ -175,6 +176,12 @@ def _main_hidden() -> Iterator[None]:
 
 
 def _stop_forkserver() -> None:
-    """multiprocessing leaves its server running until this process ends, and has no public way to stop it."""
+    """multiprocessing leaves its server running until this process ends, and has no public way to stop it.
+
+    It is killed, so that it does not look whether this process has ended, and left something behind.
+    """
     with _spawning:
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        server: Any = forkserver._forkserver
+        if server._forkserver_pid is not None:
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
