@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from cortex.config import ModelsConfig
+from cortex.gateway.placement import UNREACHED_S
 from cortex.hookspecs import RequestEnded, RequestRetried, RequestStarted
 from cortex.testing import FakeNode
 from cortex.wire import sse
@@ -308,6 +309,32 @@ async def test_what_is_there_is_not_known_before_every_node_has_answered_once(ma
     world.network.kill("http://b:13131")
     await world.poll()
     assert (await world.client.post(CHAT, json=world.chat("typo"))).status == 404
+
+
+async def test_a_node_that_stays_away_does_not_make_every_wrong_name_a_want_of_capacity(make_world):
+    """But one that the operator has named, or of which nobody at all could be asked, is no wrong name."""
+    models = msgspec.convert({"models": [{"id": "cold"}], "aliases": {"nick": "on-b"}}, ModelsConfig)
+    nodes = {"a": FakeNode(), "b": FakeNode()}
+    for node in nodes.values():
+        node.garbage = b"nonsense"
+    world = await make_world(nodes, models=models)
+
+    async def asked(model):
+        reply = await world.client.post(CHAT, json=world.chat(model))
+        return reply.status, reply.json()["error"]["message"]
+
+    world.clock.now += UNREACHED_S
+    assert (await asked("typo"))[0] == 503
+    nodes["a"].garbage = None
+    await world.poll()
+    status, message = await asked("typo")
+    assert status == 404
+    assert "b could not be asked" in message
+    assert (await world.client.get("/v1/models/typo")).status == 404
+    for name in ("cold", "nick"):
+        assert (await asked(name))[0] == (await world.client.get("/v1/models/nick")).status == 503
+    world.clock.now -= 1
+    assert (await asked("typo"))[0] == 503
 
 
 async def test_the_times_of_a_stream_are_measured_from_its_arrival(world):

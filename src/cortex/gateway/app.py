@@ -74,7 +74,8 @@ def build_gateway(
     plugins = plugins or load_gateway_plugins()
     section = config.gateway
     pool = Pool(connect=connect, per_host=CONNECTIONS_PER_NODE, clock=clock, call_later=call_later)
-    fleet = Fleet(NodeClient(node.name, node.endpoint, pool, node.node_token) for node in config.neurons)
+    clients = [NodeClient(node.name, node.endpoint, pool, node.node_token) for node in config.neurons]
+    fleet = Fleet(clients, clock=clock)
     catalogue = _catalogue(models)
     metrics = GatewayMetrics()
     observers = Observers([metrics, *plugins.observers.values()])

@@ -6,7 +6,8 @@ advice: a node may have moved on since, and its own answer decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from cortex.gateway.node import NodeClient
@@ -47,9 +48,18 @@ class Node:
 
 
 class Fleet:
-    def __init__(self, clients: Iterable[NodeClient] = ()) -> None:
+    def __init__(
+        self, clients: Iterable[NodeClient] = (), *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._started = clock()
         self.nodes: dict[str, Node] = {client.name: Node(client) for client in clients}
         self._replicas: dict[str, tuple[Node, ...]] = {}
+
+    @property
+    def age(self) -> float:
+        """Seconds for which nodes could have answered."""
+        return self._clock() - self._started
 
     def replicas(self, model_id: str) -> Sequence[Node]:
         """Nodes whose last report has the model in any status, lost nodes included."""

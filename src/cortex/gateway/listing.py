@@ -28,10 +28,10 @@ class Listing:
         return list(cards.values())
 
     def card(self, name: str) -> ModelCard:
-        """One model or alias. Raises UnknownModel, or NoCapacity while a node has never answered."""
+        """One model or alias. Raises UnknownModel, or NoCapacity while a node may have it."""
         target = self._catalogue.resolve(name)
         if not self._fleet.knows(target) and target not in self._catalogue.entries:
-            raise why_unknown(self._fleet, name)
+            raise why_unknown(self._fleet, name, named=target != name)
         return self._card_of(target, name if name != target else None)
 
     def _card_of(self, model_id: str, alias: str | None = None) -> ModelCard:

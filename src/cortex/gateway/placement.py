@@ -9,6 +9,8 @@ from cortex.wire.errors import CortexError, NoCapacity, UnknownModel
 from cortex.wire.node import ModelReport
 
 RETRY_S = 5
+UNREACHED_S = 300.0
+"""A node that has not answered for so long since the gateway's start is not just starting as well."""
 
 
 def choose(replicas: Sequence[Node], model_id: str, tried: Collection[str] = ()) -> Node | None:
@@ -37,20 +39,27 @@ def _rank(report: ModelReport) -> int | None:
     return {"loading": 1, "failed": 2}.get(report.status)
 
 
-def why_unknown(fleet: Fleet, name: str, missing: UnknownModel | None = None) -> CortexError:
+def why_unknown(
+    fleet: Fleet, name: str, missing: UnknownModel | None = None, *, named: bool = False
+) -> CortexError:
     """What is said of a model that no node has reported: `missing`, or that there is none of that `name`.
 
-    As long as a node has never answered nobody knows that: it may be the one that has the model.
+    As long as a node has never answered nobody knows that: it may be the one that has the model, and a
+    client that is told to try again does. But a node may be away for days, and all the while a mistyped name
+    would be tried again and reported as want of capacity. So a name that is not `named` by the operator is
+    believed to be wrong after a while, if there is any node that could have known it.
     """
     unseen = [node.name for node in fleet.nodes.values() if not node.seen]
-    if unseen:
+    away = ", ".join(unseen)
+    if unseen and (named or len(unseen) == len(fleet.nodes) or fleet.age < UNREACHED_S):
         return NoCapacity(
-            f"No node has reported the model {name!r}, and {', '.join(unseen)} has not answered yet. "
+            f"No node has reported the model {name!r}, and {away} has not answered yet. "
             f"Try again, or look at `cortex status`.",
             retry_after=RETRY_S,
         )
+    asked = f" {away} could not be asked: no answer since this gateway runs." if unseen else ""
     return missing or UnknownModel(
-        f"There is no model {name!r} here. GET /v1/models lists those that there are.", param="model"
+        f"There is no model {name!r} here. GET /v1/models lists those that there are.{asked}", param="model"
     )
 
 

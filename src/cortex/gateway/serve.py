@@ -113,9 +113,9 @@ class Serving:
                 code="model_not_loaded",
                 param="model",
             )
-            raise why_unknown(self.fleet, model, cold)
+            raise why_unknown(self.fleet, model, cold, named=True)
         else:
-            raise why_unknown(self.fleet, call.model)
+            raise why_unknown(self.fleet, call.model, named=model != call.model)
         return msgspec.structs.replace(call, served_model=model)
 
     def next_node(self, model: str, tried: set[str], last: CortexError | None) -> Node:
