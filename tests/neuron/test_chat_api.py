@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import msgspec
@@ -272,3 +273,19 @@ async def test_request_ids_reach_the_engine(node: Any) -> None:
     reply = await node.client.post("/v1/chat/completions", json=body, headers={"x-request-id": "abc-1"})
     assert reply.headers["x-request-id"] == "abc-1"
     assert engine.prompts[0][0] == "abc-1"
+
+
+async def test_a_template_that_was_slow_once_holds_up_the_event_loop_no_more(node: Any) -> None:
+    """It is a stranger's program, and may take seconds for each prompt, however short."""
+    await node.load()
+    threads = []
+
+    def render(messages: Any, **variables: Any) -> str:
+        threads.append(threading.current_thread() is threading.main_thread())
+        node.clock.now += 1
+        return "prompt"
+
+    node.factory.codec.render = render
+    for _ in range(2):
+        assert (await node.chat()).status == 200
+    assert threads == [True, False]

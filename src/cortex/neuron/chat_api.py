@@ -16,6 +16,7 @@ from cortex.neuron.metered_engine import MeteredEngine
 from cortex.neuron.metrics import NeuronMetrics
 from cortex.neuron.resident import Served
 from cortex.neuron.residents import Residents
+from cortex.neuron.text.aside import Aside
 from cortex.neuron.text.chat import TextChat
 from cortex.neuron.text.choices import collect
 from cortex.neuron.text.sampling import wanted_choices
@@ -42,6 +43,7 @@ class ChatApi:
         self._metrics = metrics
         self._clock = clock
         self._wall = wall
+        self._aside = Aside(clock)
 
     async def handle(self, request: Request) -> Response | EventStream:
         """Raises BadRequest and what a lease on the model raises; a stream does before its first byte."""
@@ -99,7 +101,8 @@ class ChatApi:
         engine = MeteredEngine(
             served.model.engine, model_id, self._metrics, started=request.started, clock=self._clock
         )
-        chat = TextChat(engine, served.model.codec, served.plan.limit, model_id, self._wall, self._clock)
+        codec, limit = served.model.codec, served.plan.limit
+        chat = TextChat(engine, codec, limit, model_id, self._wall, self._clock, self._aside)
         return chat.chat(request.id, wanted)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -191,6 +192,36 @@ async def test_the_client_cannot_replace_the_template_s_own_variables(name: str)
     with pytest.raises(BadRequest, match=name) as refusal:
         await whole(ScriptedEngine(), request(chat_template_kwargs={name: 1}))
     assert refusal.value.param == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize(
+    ("fields", "at_once"),
+    [
+        ({}, True),
+        ({"content": "x" * 10_000}, False),
+        ({"content": [{"type": "text", "text": "x" * 5000}] * 2}, False),
+        ({"messages": [{"role": "user", "content": "x"}] * 200}, False),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 20}, False),
+    ],
+    ids=["short", "long", "long in parts", "many messages", "many tools"],
+)
+async def test_a_long_conversation_is_rendered_and_encoded_beside_the_event_loop(
+    fields: dict[str, Any], at_once: bool
+) -> None:
+    threads = []
+
+    class Noting(ByteCodec):
+        def render(self, messages: Any, **variables: Any) -> str:
+            threads.append(threading.current_thread())
+            return super().render(messages, **variables)
+
+        def encode(self, text: str) -> list[int]:
+            threads.append(threading.current_thread())
+            return super().encode(text)
+
+    chat = TextChat(ScriptedEngine("x"), Noting(), Limit(context=100_000), "model")
+    await collect(chat.chat("r1", request(**fields)))
+    assert [thread is threading.main_thread() for thread in threads] == [at_once] * 2
 
 
 async def test_a_long_prompt_is_encoded_like_a_short_one() -> None:

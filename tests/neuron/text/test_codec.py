@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,29 @@ def test_a_token_spells_its_bytes_and_a_special_one_its_name(gguf_metadata: Meta
 def test_a_lone_surrogate_is_a_bad_request(gguf_metadata: Metadata) -> None:
     with pytest.raises(BadRequest, match="surrogate"):
         codec_from_gguf(gguf_metadata()).encode("a\ud800b")
+
+
+@pytest.mark.slow
+def test_others_go_on_while_a_long_text_is_encoded(gguf_metadata: Metadata) -> None:
+    """Python would take a thread's turn away only after an hour: what goes on was let go on."""
+    codec, begun, done = codec_from_gguf(gguf_metadata()), threading.Event(), []
+
+    def encode() -> None:
+        begun.set()
+        codec.encode("the other one " * 100_000)
+        done.append(True)
+
+    thread = threading.Thread(target=encode)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(3600)
+    try:
+        thread.start()
+        begun.wait()
+        went_on = not done
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert went_on
 
 
 @pytest.mark.real_model

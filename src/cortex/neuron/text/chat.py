@@ -6,25 +6,24 @@ counts. Knows no HTTP and no model: those are behind the Codec and the TokenEngi
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
 
 from cortex.hookspecs import Codec, Sampling, TokenEngine
+from cortex.neuron.text.aside import Aside
 from cortex.neuron.text.choices import closing, side_by_side
-from cortex.neuron.text.conversation import plain_messages, plain_tools
+from cortex.neuron.text.conversation import characters, plain_messages, plain_tools
 from cortex.neuron.text.reply import Chunks, Reply, usage
 from cortex.neuron.text.sampling import of_choice, refuse_unsupported, sampling, stop_strings, wanted_choices
 from cortex.wire.chat import ChatChunk, ChatRequest
 from cortex.wire.errors import BadRequest, ContextTooLong, Internal
 from cortex.wire.node import Limit
 
-_OFF_LOOP: Final = 8192
-"""Characters; a longer prompt is encoded in a thread, as it takes milliseconds."""
 _MOST_CHARS_PER_TOKEN: Final = 128
 """No whole prompt comes near this, so one with more characters cannot fit and is not even encoded."""
 _RESERVED: Final = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
@@ -34,7 +33,7 @@ class TextChat:
     """Chat completions of one loaded model.
 
     `clock` is the time of day in seconds (for `created`), `timer` a monotonic one (for timings that the
-    engine did not report, as when a stop string ended the reply).
+    engine did not report, as when a stop string ended the reply). `aside` is where prompts are made.
     """
 
     def __init__(
@@ -45,6 +44,7 @@ class TextChat:
         model_id: str,
         clock: Callable[[], float] = time.time,
         timer: Callable[[], float] = time.monotonic,
+        aside: Aside | None = None,
     ) -> None:
         self._engine = engine
         self._codec = codec
@@ -52,6 +52,7 @@ class TextChat:
         self._model_id = model_id
         self._clock = clock
         self._timer = timer
+        self._aside = aside or Aside()
 
     async def chat(self, request_id: str, request: ChatRequest) -> AsyncGenerator[ChatChunk, None]:
         """The reply, chunk by chunk; nothing comes before the first token.
@@ -127,22 +128,24 @@ class TextChat:
         yield reply.last_chunk()
 
     async def _encode(self, request: ChatRequest) -> list[int]:
-        variables = request.chat_template_kwargs or {}
-        reserved = _RESERVED & variables.keys()
+        reserved = _RESERVED & (request.chat_template_kwargs or {}).keys()
         if reserved:
             names = ", ".join(sorted(reserved))
             raise BadRequest(f"chat_template_kwargs cannot set {names}.", param="chat_template_kwargs")
+        return await self._aside.run(self._model_id, characters(request), partial(self._prompt, request))
+
+    def _prompt(self, request: ChatRequest) -> list[int]:
+        """The ids of the conversation. Takes a while if that is long, and seconds where a template is bad."""
         # A client that forbids tools gets a prompt without them.
         tools = None if request.tool_choice == "none" else plain_tools(request.tools)
+        variables = request.chat_template_kwargs or {}
         text = self._codec.render(
             plain_messages(request), tools=tools, add_generation_prompt=True, **variables
         )
         longest = self._limit.input or self._limit.context
         if longest and len(text) > longest * _MOST_CHARS_PER_TOKEN:
             raise self._too_long(len(text) // _MOST_CHARS_PER_TOKEN, "more than ")
-        if len(text) < _OFF_LOOP:
-            return self._codec.encode(text)
-        return await asyncio.to_thread(self._codec.encode, text)
+        return self._codec.encode(text)
 
     def _fit(self, wish: Sampling, prompt_tokens: int) -> Sampling:
         """`wish` with as many tokens as fit. Raises ContextTooLong if the prompt leaves no room for one."""

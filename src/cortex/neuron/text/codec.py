@@ -67,9 +67,11 @@ class TextCodec:
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt; special tokens in the text count. Raises BadRequest for lone surrogates."""
         try:
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            # Of a batch, because only then other threads of Python go on meanwhile; and without offsets.
+            (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         except (UnicodeEncodeError, TypeError):
             raise BadRequest("The prompt holds a lone surrogate, which is no character.") from None
+        ids: list[int] = found.ids
         if self._bos is None or ids[:1] == [self._bos] or self._begins_with_bos(text, ids):
             return ids
         return [self._bos, *ids]

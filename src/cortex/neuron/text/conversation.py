@@ -12,7 +12,22 @@ from typing import Any
 from cortex.wire.chat import ChatRequest, ContentPart, Message, Tool, to_plain
 from cortex.wire.errors import BadRequest
 
+_PER_MESSAGE = 64
+_PER_TOOL = 512
+"""Characters that a message has beside its content, and a tool with its parameters, in most prompts."""
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+
+
+def characters(request: ChatRequest) -> int:
+    """About how many the conversation has, and the tools with it: enough to tell a long one."""
+    tools = _PER_TOOL * len(request.tools or ())
+    return tools + sum(_PER_MESSAGE + _length(message.content) for message in request.messages)
+
+
+def _length(content: str | list[ContentPart] | None) -> int:
+    if isinstance(content, list):
+        return sum(len(part.text or "") for part in content)
+    return len(content or "")
 
 
 def plain_messages(request: ChatRequest) -> list[dict[str, Any]]:
