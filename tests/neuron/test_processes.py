@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import uvloop
 
 from cortex.neuron import processes
 from cortex.neuron.engine.messages import Cancel, LoadProgress, Step
@@ -114,6 +115,28 @@ async def test_a_worker_that_ends_is_noticed_with_its_cause(warm: WarmServer) ->
         await by_itself.send(Cancel(key=1))
     await by_itself.close()
     await by_signal.close()
+    nameless = await warm.spawn()
+    os.kill(nameless.pid, signal.SIGRTMIN + 6)
+    assert await nameless.ended() == f"was killed by signal {signal.SIGRTMIN + 6}"
+    await nameless.close()
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_what_is_sent_to_a_worker_that_is_gone_is_lost_whatever_the_loop(workers: Load, run: Any) -> None:
+    async def main() -> None:
+        warm = WarmServer([], workers("echo"))
+        worker = await warm.spawn()
+        await anext(worker.reports())
+        worker.kill()
+        await worker.ended()
+        for _ in range(3):
+            worker.post(Cancel(key=1))
+            with pytest.raises(OSError, match=r"lost|pipe"):
+                await worker.send(Cancel(key=2))
+        await worker.close()
+        await warm.stop()
+
+    run(main())
 
 
 async def test_what_is_no_report_ends_the_conversation(workers: Load) -> None:

@@ -51,7 +51,8 @@ class WorkerProcess:
 
     def post(self, order: Order) -> None:
         """Send something small without waiting; to a worker that is gone it is lost."""
-        self._writer.write(frame(order))
+        if not self._writer.is_closing():  # uvloop would raise
+            self._writer.write(frame(order))
 
     async def reports(self) -> AsyncIterator[Report]:
         """What the worker says until its socket closes, which it does when the worker ends.
@@ -149,7 +150,8 @@ def _in_words(code: int) -> str:
     if code == -signal.SIGKILL:
         return "was killed (SIGKILL; the kernel does that when memory runs out)"
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        named = -code in set(signal.Signals)
+        return f"was killed by {signal.Signals(-code).name if named else f'signal {-code}'}"
     return FINE if code == 0 else f"ended with exit code {code}"
 
 
