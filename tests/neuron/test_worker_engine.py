@@ -311,6 +311,23 @@ async def test_every_step_is_told_to_whoever_watches(engine: WorkerEngine, worke
     assert seen == [EngineStep(seconds=2.0)], "a refusal is no step, and what was before is over"
 
 
+@pytest.mark.parametrize("error", [ValueError("cannot count"), RuntimeError("cannot count")])
+async def test_whoever_fails_to_watch_takes_no_reply_along(
+    engine: WorkerEngine, worker: FakeWorker, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail(step: EngineStep) -> None:
+        raise error
+
+    engine.watch(fail)
+    asked = asyncio.ensure_future(anext(engine.generate("r", [1], SAMPLING)))
+    await settle()
+    worker.mouth.put_nowait(Step(outputs=[], done=EngineStep(seconds=1.0)))
+    worker.say(Output(key=1, ids=[5], finish="stop"))
+    async with asyncio.timeout(5):
+        assert (await asked).ids == [5]
+    assert "cannot count" in caplog.text
+
+
 async def test_threads_are_ordered_from_an_engine_that_runs(engine: WorkerEngine, worker: FakeWorker) -> None:
     engine.set_threads(3)
     assert worker.orders == [Threads(threads=3)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Final, Protocol
 
@@ -24,6 +25,7 @@ from cortex.neuron.engine.messages import (
 from cortex.neuron.silence import Sleep, silence
 from cortex.wire.errors import BadRequest, Busy, CortexError, Internal, Loading
 
+_log: Final = logging.getLogger("cortex.neuron.engine")
 _GRACE_S: Final = 1.0
 """For a worker that has closed its socket, to end by itself and tell by its exit code why."""
 _BUSY_RETRY_S: Final = 10
@@ -154,7 +156,7 @@ class WorkerEngine:
                         if output.key in self._queues:
                             self._queues[output.key].put_nowait(output)
                     if report.done is not None:
-                        self._seen(report.done)
+                        self._tell(report.done)
                 elif isinstance(report, Broken):
                     said = f"{report.reason}, and "
         except ValueError as error:
@@ -169,6 +171,13 @@ class WorkerEngine:
             # What failed once may fail everywhere, so it is not for the gateway to try again.
             queue.put_nowait(Output(key=key, ids=[], error=f"The model {failed}.") if failed else _END)
         return reason
+
+    def _tell(self, step: EngineStep) -> None:
+        """Who watches may fail, and takes no sequence along."""
+        try:
+            self._seen(step)
+        except Exception:
+            _log.exception("a step was not counted model=%s", self._model_id)
 
     async def _watch_steps(self, patience_s: float, sleep: Sleep) -> None:
         await silence(patience_s, lambda: self._steps, lambda: bool(self._unfinished), sleep=sleep)
