@@ -217,6 +217,23 @@ async def test_threads_are_divided_anew_whenever_a_model_comes_or_goes(
     assert {threads[name] for name in "cdefgh"} == {1}, "nobody is left without one"
 
 
+async def test_a_model_that_cannot_be_told_its_threads_spoils_nobodys_load(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the one that is loaded would go on to run, with its grant, and nobody would know of it."""
+    bench = Bench({"cpu": 1000})
+    await bench.loader.load(LoadRequest(model_id="a"), ignore)
+
+    def set_threads(model: ScriptedModel, count: int) -> None:
+        raise RuntimeError(f"cannot be told: {model.plan.order.model_id}")
+
+    monkeypatch.setattr(ScriptedModel, "set_threads", set_threads)
+    served = await bench.loader.load(LoadRequest(model_id="b"), ignore)
+    assert "cannot be told: a" in caplog.text
+    await bench.loader.close(served)
+    assert [grant.model_id for grant in bench.ledger.grants] == ["a"]
+
+
 async def test_a_failed_load_gives_its_grant_back() -> None:
     bench = Bench({"cpu": 100})
     bench.factory.refusal = LoadFailed("no luck")

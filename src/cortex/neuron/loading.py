@@ -7,6 +7,7 @@ for them, is the business of `residents`.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -22,6 +23,7 @@ from cortex.neuron.thread_share import thread_share
 from cortex.wire.errors import BadRequest
 from cortex.wire.node import LoadRequest
 
+_log: Final = logging.getLogger("cortex.neuron.loading")
 MIB: Final = 2**20
 MOST_RANKS: Final = 64
 """No model has heads for more, and the processor would try as many as are asked for."""
@@ -102,8 +104,11 @@ class Loader:
 
     def _share_threads(self) -> None:
         """Divide the threads evenly among the models that run; what is left over goes to the oldest."""
-        for place, model in enumerate(self._running.values()):
-            model.set_threads(thread_share(self._threads, place, len(self._running)))
+        for place, (model_id, model) in enumerate(self._running.items()):
+            try:
+                model.set_threads(thread_share(self._threads, place, len(self._running)))
+            except Exception:  # of another model, most likely: this one runs
+                _log.exception("threads not set model=%s", model_id)
 
     def harness(self, asked: str | None) -> str:
         """The name of the engine for a request. Raises BadRequest for one that is not installed."""
