@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,11 @@ from cortex.wire.node import LoadRequest, Progress
 MIB = 2**20
 
 
+async def at_once(function: Callable[..., Any], /, *arguments: Any) -> Any:
+    """In place of a thread, for which nobody could wait who lets tasks settle."""
+    return function(*arguments)
+
+
 class Node:
     """Residents over scripted engines, with a gate in the middle of every load."""
 
@@ -51,6 +56,7 @@ class Node:
             available=dict,
             devices=["cpu"],
             threads=4,
+            off_loop=at_once,
         )
         self.residents = Residents(
             self.loader,
@@ -216,6 +222,20 @@ async def test_a_default_model_that_is_unloaded_before_its_turn_is_not_loaded_by
     with pytest.raises(UnknownModel, match="can be loaded: a"):
         async with node.residents.lease("a", "r"):
             pass
+
+
+async def test_a_default_model_that_is_unloaded_before_its_turn_stays_unloaded() -> None:
+    node = Node(defaults=("a", "b", "c"), budget_mb=200)
+    node.gate.clear()
+    activator = Activator(node.residents, ["a", "b", "c"])
+    running = asyncio.create_task(activator.run())
+    await node.loading()
+    await node.residents.unload("b")
+    node.gate.set()
+    await running
+    assert [node.status(model_id) for model_id in ("a", "b", "c")] == ["loaded", "unloaded", "loaded"]
+    assert (activator.state.completed, activator.state.failed) == (["a", "c"], [])
+    await node.residents.stop()
 
 
 async def test_a_held_model_is_not_unloaded(node: Node) -> None:

@@ -25,9 +25,14 @@ class Activator:
         self.state = Activation(state="pre_warming" if model_ids else "ready", pending=list(model_ids))
 
     async def run(self) -> None:
-        """Returns when each model has been tried. One that fails is tried again when it is asked for."""
+        """Returns when each model has been tried, but those that were unloaded before their turn. One that
+        fails is tried again when it is asked for.
+        """
         while self.state.pending:
             model_id = self.state.pending.pop(0)
+            report = self._residents.report(model_id)
+            if report is not None and report.status == "unloaded":
+                continue  # that is what somebody wanted meanwhile
             self.state.in_progress.append(model_id)
             try:
                 await self._residents.ensure(LoadRequest(model_id=model_id))
