@@ -14,7 +14,7 @@ from cortex.neuron.loading import Loader
 from cortex.neuron.memory import Ledger
 from cortex.neuron.residents import Residents
 from cortex.testing.clock import ManualClock, settle
-from cortex.testing.scripted import ScriptedEngine, ScriptedFactory
+from cortex.testing.scripted import ScriptedEngine, ScriptedFactory, ScriptedModel
 from cortex.wire.errors import (
     BadRequest,
     Busy,
@@ -236,6 +236,17 @@ async def test_a_default_model_that_is_unloaded_before_its_turn_stays_unloaded()
     assert [node.status(model_id) for model_id in ("a", "b", "c")] == ["loaded", "unloaded", "loaded"]
     assert (activator.state.completed, activator.state.failed) == (["a", "c"], [])
     await node.residents.stop()
+
+
+async def test_an_engine_that_cannot_be_watched_has_failed_and_leaves_nothing(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(ScriptedModel, "watch")
+    async with asyncio.timeout(5):
+        with pytest.raises(LoadFailed, match="The engine scripted failed: AttributeError"):
+            await node.residents.ensure(request())
+    assert not node.ledger.grants
+    assert not node.factory.live
 
 
 async def test_a_held_model_is_not_unloaded(node: Node) -> None:

@@ -214,7 +214,7 @@ class Residents:
             resident.progress = progress
             load.tell(progress)
 
-        task = asyncio.create_task(self._loader.load(request, tell))
+        task = asyncio.create_task(self._load(resident, request, tell))
         load = entry.load = SharedLoad(request, task, self._clock())
         entry.unload.clear()
         resident.move("loading")
@@ -222,6 +222,16 @@ class Residents:
             self._live(entry, load, failure), name=f"life of {resident.model_id}"
         )
         return load
+
+    async def _load(self, resident: Resident, request: LoadRequest, tell: Report) -> Served:
+        """A model that runs and is watched. One that cannot be watched is ended: nobody would see it."""
+        served = await self._loader.load(request, tell)
+        try:
+            served.model.watch(partial(self._stepped, resident, served))
+        except Exception:
+            await self._loader.close(served)
+            raise
+        return served
 
     async def _ending(self, entry: _Entry) -> bool:
         """True after a wait, if a load or a life of the model was ending: look again what it is now."""
@@ -278,7 +288,6 @@ class Residents:
             served = load.task.result()
             resident.request = load.request
             resident.loaded(served, now=self._clock(), wall=self._wall(), seconds=seconds)
-            served.model.watch(partial(self._stepped, resident, served))
             self._on_loaded(resident.model_id, seconds)
             _log.info("loaded model=%s seconds=%.1f", resident.model_id, seconds)
             load.succeed(resident.report())
