@@ -185,10 +185,12 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 def _pairs(values: tuple[int, ...]) -> Tensor:
-    """What each two codes in neighbouring bytes stand for, the lower byte first: two fp32 in an int64."""
-    codes = torch.arange(0x0F0F + 1)
-    both = torch.stack((codes & 15, codes >> 8 & 15), dim=1)
-    return torch.tensor(values, dtype=torch.float32)[both].view(torch.int64).view(-1)
+    """What each two codes in neighbouring bytes stand for, the lower byte first: two fp32 in an int64.
+
+    Made without torch's threads: this runs at import, in the process that workers are forked from.
+    """
+    both = [float(values[code & 15]) for codes in range(0x0F0F + 1) for code in (codes, codes >> 8)]
+    return torch.tensor(both).view(torch.int64)
 
 
 _IQ4: Final = _pairs((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
