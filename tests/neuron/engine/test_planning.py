@@ -11,7 +11,7 @@ from cortex.hookspecs import Sampling
 from cortex.neuron.engine.blocks import BlockPool
 from cortex.neuron.engine.messages import Generate, Output
 from cortex.neuron.engine.pace import FIRST, Pace
-from cortex.neuron.engine.planning import Scheduled
+from cortex.neuron.engine.planning import YOUNG, Scheduled
 from cortex.neuron.engine.scheduler import Scheduler
 
 LAYERS, STOP = 10, 9
@@ -87,9 +87,15 @@ def one_decoding() -> Scheduler:
     """One who decodes, and what that takes and prompts do is known."""
     made = scheduler()
     ask(made, 1, 64)
-    for _ in range(3):
-        step(made)
+    grow_up(made, step)
     return made
+
+
+def grow_up(made: Scheduler, step: Callable[[Scheduler], object]) -> None:
+    """Until those who run have begun so long ago that prompts are shared out beside them."""
+    step(made)
+    while any(sequence.generated <= YOUNG for sequence in made._running):
+        step(made)
 
 
 @pytest.fixture
@@ -178,11 +184,36 @@ def test_what_a_chunk_has_taken_says_how_many_layers_more_it_may_pass() -> None:
 
 def test_what_decode_takes_is_found_out_before_a_prompt_goes_along() -> None:
     made = scheduler()
-    ask(made, 1, 64)
+    for key, most in ((1, 500), (2, 500), (3, YOUNG + 1)):
+        ask(made, key, 64, max_tokens=most)
+    grow_up(made, step)
+    ask(made, 4, 5)
+    assert keys(step(made)) == [1, 2], "two of them have not decoded without a third one"
+    assert keys(step(made)) == [1, 2, 4]
+
+
+def test_short_prompts_catch_up_with_replies_that_have_just_begun() -> None:
+    """The second step takes what the first one had no room for, as many as a step takes; a long one waits."""
+    made = scheduler(running=20)
+    for key in range(9):
+        ask(made, key, 100)
+    ask(made, 9, 300)
+    first = step(made)
+    assert (keys(first), first.prefill) == ([0, 1, 2, 3, 4, 5], 512)
+    second = step(made)
+    assert keys(second) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert (second.decoding, second.prefill) == (5, 388)
+    assert [sequence.key for sequence in second.sampled] == [*range(9)]
+    assert 9 not in keys(step(made))
+
+
+def test_once_a_reply_is_under_way_no_prompt_holds_it_up() -> None:
+    made = scheduler(running=20)
+    ask(made, 0, 100)
     step(made)
-    ask(made, 2, 5)
-    assert keys(step(made)) == [1]
-    assert keys(step(made)) == [1, 2]
+    for key in range(1, 10):
+        ask(made, key, 100)
+        assert step(made).prefill == (100 if key <= YOUNG else 0)
 
 
 def test_a_chunk_of_unknown_cost_passes_one_layer() -> None:
@@ -201,8 +232,7 @@ def test_a_chunk_of_unknown_cost_passes_one_layer() -> None:
 def test_where_the_clock_stands_still_a_chunk_passes_a_layer_in_each_turn() -> None:
     made = scheduler()
     ask(made, 1, 1)
-    for _ in range(3):
-        finish(made, plan(made), 0.0)
+    grow_up(made, lambda made: finish(made, plan(made), 0.0))
     ask(made, 2, 50)
     finish(made, plan(made), 0.0)
     passed = 0
