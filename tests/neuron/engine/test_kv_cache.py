@@ -285,6 +285,19 @@ def test_plain_attention_is_the_fast_one_however_many_rows_it_takes_at_a_time(
         assert (one - other).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("rows", [2, 63, 64, 65, 300])
+def test_causal_attention_is_that_with_a_mask_however_many_rows_there_are(rows: int) -> None:
+    projected = random(rows, KV_HEADS * GROUP + 2 * KV_HEADS, WIDTH, seed=5)
+    queries = projected.narrow(1, 0, KV_HEADS * GROUP)
+    keys, values = projected.narrow(1, KV_HEADS * GROUP, 2 * KV_HEADS).unflatten(1, (2, KV_HEADS)).unbind(1)
+    later = torch.full((rows, rows), float("-inf")).triu_(1)
+    found = module._causal(queries, keys, values)
+    wanted = module._each(queries, keys, values, later)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 1e-5
+
+
 def test_copies_move_rows_of_every_layer_one_after_the_other() -> None:
     copies = [Copy(0, 20, 4), Copy(4, 24, 4), Copy(20, 40, 8), Copy(41, 0, 2)]
     check_copies(Cache(), copies)

@@ -7,6 +7,7 @@ runs of several sequences are gathered. Whoever plans the steps owns the rows. K
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import mmap
 from collections.abc import Collection, Iterable, Sequence
@@ -23,6 +24,8 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 """Scales by 1 / sqrt(width) by itself, as `_plain` does; gives the log of the sum of exponentials too."""
 
 HOST: Final = torch.device("cpu")
+TOGETHER: Final = 64
+"""Rows of a prompt that look at themselves and at what came before them at a time."""
 SCORES: Final = 2**24
 """Elements of scores that plain attention computes at a time."""
 
@@ -140,6 +143,8 @@ class LayerRuns:
             keys, values = keys.squeeze(0).transpose(0, 1), values.squeeze(0).transpose(0, 1)
         if self._plainly:
             return _plain(chosen, keys, values, self._scale, view.mask)
+        if view.mask is None:
+            return _causal(chosen, keys, values)
         return _each(chosen, keys, values, view.mask)
 
     def _gather(self, view: Gathered, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,10 +200,44 @@ class LayerRuns:
         return seen, weight.view(kv_heads, rows, group).transpose(0, 1).reshape(rows, heads)
 
 
-def _each(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Each row sees what `mask`, fp32 [rows, length], lets it; without one, row i sees rows [0, i].
+def _causal(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Row i sees rows [0, i].
 
-    KV heads are the batch, so that a group shares them without a copy.
+    TOGETHER rows at a time, with the heads of a group as rows of their KV head: by itself the kernel computes
+    up to 512 keys for every row, and hides those that come later afterwards.
+    """
+    rows, heads, width = queries.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    keys, values = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
+    before = 1 << (rows - 1).bit_length()
+    later = _later(group, before)
+    seen, weights = queries.new_empty(rows, heads, width), queries.new_empty(rows, heads)
+    for first in range(0, rows, TOGETHER):
+        count = min(TOGETHER, rows - first)
+        own = queries.narrow(0, first, count).view(count, kv_heads, group, width).transpose(0, 1)
+        own = own.reshape(1, kv_heads, count * group, width)
+        length = first + count
+        mask = later.narrow(0, 0, count * group).narrow(1, before - first, length)
+        found, weight = _flash(own, keys.narrow(2, 0, length), values.narrow(2, 0, length), attn_mask=mask)
+        found, weight = (part.view(kv_heads, count, group, -1).transpose(0, 1) for part in (found, weight))
+        seen.narrow(0, first, count).view(found.shape).copy_(found)
+        weights.narrow(0, first, count).view(weight.shape).copy_(weight)
+    return seen, weights
+
+
+@functools.lru_cache(maxsize=8)
+def _later(group: int, before: int) -> Tensor:
+    """What hides from TOGETHER rows, `group` heads of each, those among them that come later, behind `before`
+    keys that they all see: fp32 [TOGETHER * group, before + TOGETHER].
+    """
+    later = torch.full((TOGETHER, TOGETHER), float("-inf")).triu_(1).repeat_interleave(group, 0)
+    return torch.cat((later.new_zeros(TOGETHER * group, before), later), 1)
+
+
+def _each(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row sees what `mask`, fp32 [rows, length], lets it. KV heads are the batch, so that a group shares
+    them without a copy.
     """
     rows, heads, width = queries.shape
     length, kv_heads, _ = keys.shape
@@ -206,7 +245,7 @@ def _each(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
     grouped = queries.view(rows, kv_heads, group, width).permute(1, 2, 0, 3)
     size = (kv_heads, group, length, width)
     shared = [run.transpose(0, 1).unsqueeze(1).expand(size) for run in (keys, values)]
-    seen, weight = _flash(grouped, *shared, 0.0, mask is None, attn_mask=mask)
+    seen, weight = _flash(grouped, *shared, attn_mask=mask)
     return seen.permute(2, 0, 1, 3).reshape(rows, heads, width), weight.permute(2, 0, 1).reshape(rows, heads)
 
 
