@@ -72,7 +72,8 @@ MODEL_JSON = {
     ),
 }
 """Normalizer and pre-tokenizer of each family as its models' tokenizer.json spells them."""
-MODEL_JSON |= dict.fromkeys(("smaug-bpe", "dbrx"), MODEL_JSON["llama-bpe"])
+MODEL_JSON |= dict.fromkeys(("smaug-bpe", "dbrx", "falcon3", "pixtral"), MODEL_JSON["llama-bpe"])
+MODEL_JSON["megrez"] = MODEL_JSON["qwen2"]
 
 
 def cut_by(pattern: str) -> Any:

@@ -71,9 +71,9 @@ def test_kinds_cut_digits_differently(gguf_metadata: Metadata) -> None:
         return tokenizer_from_gguf(metadata).encode("12345").tokens
 
     assert digits("gpt-2") == ["12345"]
-    for kind in ("llama-bpe", "smaug-bpe", "dbrx"):
+    for kind in ("llama-bpe", "smaug-bpe", "dbrx", "falcon3", "pixtral"):
         assert digits(kind) == ["123", "45"]
-    for kind in ("qwen2", "qwen35", "tekken", "smollm", "deepseek-coder"):
+    for kind in ("qwen2", "megrez", "qwen35", "tekken", "smollm", "deepseek-coder"):
         assert digits(kind) == ["1", "2", "3", "4", "5"]
 
 
@@ -94,7 +94,7 @@ def test_only_some_kinds_take_a_known_piece_whole(gguf_metadata: Metadata) -> No
         metadata = gguf_metadata(kind, tokens=[*"abc", "bc", "abc"], merges=["b c"], token_type=None)
         return tokenizer_from_gguf(metadata).encode("abc").tokens
 
-    assert pieces("llama-bpe") == ["abc"]
+    assert pieces("llama-bpe") == pieces("falcon3") == pieces("pixtral") == ["abc"]
     assert pieces("qwen2") == pieces("gpt-2") == pieces("smaug-bpe") == ["a", "bc"]
 
 
