@@ -14,6 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Final
 
+_SELF: Final = os.getpid()
 _NODE: Final = os.getppid()
 _DYING_S: Final = 1.0
 """A process that ends closes its files, which is what ends the warm server, before it counts as gone."""
@@ -23,9 +24,11 @@ _DYING_S: Final = 1.0
 def _remove() -> None:
     """Nothing where the node lives: it goes on to use the folder, for its next warm server."""
     address = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
-    if address and _node_is_gone():
-        socket = Path(address)
-        with contextlib.suppress(OSError):
+    if os.getpid() != _SELF or not address:
+        return
+    socket = Path(address)
+    with contextlib.suppress(OSError):
+        if _node_is_gone():
             socket.unlink()
             socket.parent.rmdir()
 

@@ -193,18 +193,27 @@ def test_what_decode_takes_is_found_out_before_a_prompt_goes_along() -> None:
 
 
 def test_short_prompts_catch_up_with_replies_that_have_just_begun() -> None:
-    """The second step takes what the first one had no room for, as many as a step takes; a long one waits."""
+    """The second step takes what the first one had no room for."""
     made = scheduler(running=20)
     for key in range(9):
         ask(made, key, 100)
-    ask(made, 9, 300)
     first = step(made)
     assert (keys(first), first.prefill) == ([0, 1, 2, 3, 4, 5], 512)
     second = step(made)
     assert keys(second) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert (second.decoding, second.prefill) == (5, 388)
     assert [sequence.key for sequence in second.sampled] == [*range(9)]
-    assert 9 not in keys(step(made))
+
+
+def test_short_replies_that_begin_and_end_all_the_time_do_not_pass_a_long_prompt_over() -> None:
+    made = scheduler(running=20)
+    for key in range(1, 200):
+        ask(made, key, 60, max_tokens=2)
+        if key == 20:
+            ask(made, 0, 1500)
+        if 0 in [sequence.key for sequence in step(made).sampled]:
+            break
+    assert 20 < key < 120
 
 
 def test_once_a_reply_is_under_way_no_prompt_holds_it_up() -> None:

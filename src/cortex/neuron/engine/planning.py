@@ -14,10 +14,10 @@ from cortex.neuron.nn.plan import Copy, Segment, StateCopy, StepPlan, parts
 SHORT: Final = 4
 """Prompts of at most a chunk divided by this go before longer ones."""
 YOUNG: Final = 3
-"""As long as no reply has more tokens than this, short prompts go along as if nobody decoded. Requests that
-come together begin together then: shared out, the prompts of those that missed the first step would keep the
-others in steps of half a batch, each of which reads all weights. It costs a reply a long gap or two after its
-first token, and nobody's reply is ready later."""
+"""As long as no reply has more tokens than this, and no prompt is long, prompts go along as if nobody
+decoded. Requests that come together begin together then: shared out, the prompts of those that missed the
+first step would keep the others in steps of half a batch, each of which reads all weights. It costs a reply a
+long gap or two after its first token, and nobody's reply is ready later."""
 FIRST_PART: Final = 0.6
 """Of the layers that a chunk is expected to pass in its turn, those that it passes first: what they have
 really taken says how many more it may."""
@@ -103,10 +103,8 @@ class Planner:
         making = _Pass(self._size, now)
         for sequence in decoding:
             making.add(sequence, sequence.missing)
-        if not decoding:
+        if not decoding or self._begin_together(decoding, prompts):
             self._fill(making, prompts)
-        elif short := self._to_catch_up(decoding, prompts):
-            self._fill(making, short)
         elif self._pace.knows(len(decoding)):
             self._share(making, prompts, len(decoding))
         plan = StepPlan(making.ids, making.segments, making.wanted, copies, states)
@@ -204,18 +202,20 @@ class Planner:
         sampled = [sequence] if length == sequence.missing else []
         return Scheduled(plan, [sequence], [(sequence, sequence.cached + length)], sampled, 0, length, work)
 
-    def _to_catch_up(self, decoding: list[Sequence], prompts: list[Sequence]) -> list[Sequence]:
-        """The short prompts, while those who decode have only just begun."""
-        if any(sequence.generated > YOUNG for sequence in decoding):
-            return []
-        return [sequence for sequence in prompts if self.is_short(sequence.piece)]
+    def _begin_together(self, decoding: list[Sequence], prompts: list[Sequence]) -> bool:
+        """Whether those who decode have only just begun, and all prompts are short: a long one would be
+        passed over for as long as short replies begin and end.
+        """
+        if self._way is not None or any(sequence.generated > YOUNG for sequence in decoding):
+            return False
+        return all(self.is_short(sequence.piece) for sequence in prompts)
 
     def _fill(self, making: _Pass, prompts: list[Sequence]) -> None:
         """Prompts get all that a step takes, short ones first."""
         most = self._pace.most
         for sequence in sorted(prompts, key=lambda prompt: not self.is_short(prompt.piece)):
             length = min(sequence.piece, most - len(making.ids))
-            if length:
+            if length > 0:
                 making.add(sequence, length)
 
     def _share(self, making: _Pass, prompts: list[Sequence], decoding: int) -> None:

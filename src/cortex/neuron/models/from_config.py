@@ -245,7 +245,7 @@ def _yarn(fields: Fields, rope: Fields) -> Rope:
     stated = fields.size("max_position_embeddings")
     original = rope.size(_ORIGINAL, stated)
     ratio = stated / original if _ORIGINAL in rope else None
-    factor = rope.number("factor", ratio, above=0, most=MOST / original)
+    factor = rope.number("factor", ratio, above=LEAST_TURNS, most=MOST / original)
     slow = rope.number("beta_slow", 1.0, above=LEAST_TURNS)
     fast = rope.number("beta_fast", 32.0, above=slow)
     # Either of the two scales counts only beside the other one, and 0 is none.

@@ -145,7 +145,7 @@ def _yarn(fields: Fields, divisors: tuple[float, ...], factor: float) -> Rope:
     nothing: it is computed. The bounds it reads for some architectures; its converter writes them for all.
     """
     original = fields.size("rope.scaling.original_context_length", fields.size("context_length"))
-    factor = fields.number("rope.scaling.factor", factor, above=0, most=MOST / original)
+    factor = fields.number("rope.scaling.factor", factor, above=LEAST_TURNS, most=MOST / original)
     slow = fields.number("rope.scaling.yarn_beta_slow", 1.0, above=LEAST_TURNS)
     fast = fields.number("rope.scaling.yarn_beta_fast", 32.0, above=slow)
     kept = fields.number("rope.scaling.yarn_ext_factor", -1.0)  # below 0 it is not set, and 1 then

@@ -33,7 +33,8 @@ class Llama3Scaling(msgspec.Struct, frozen=True):
 
 
 LEAST_TURNS: Final = 2.0**-20
-"""Of a pair within the original context, as a bound of YaRN's; the slowest pair of a model turns more."""
+"""Of a pair within the original context, as a bound of YaRN's; the slowest pair of a model turns more. Its
+factor has the same bound: with much smaller ones fp32 has no numbers."""
 
 
 class YarnScaling(msgspec.Struct, frozen=True):

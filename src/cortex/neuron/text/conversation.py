@@ -21,13 +21,17 @@ _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 def characters(request: ChatRequest) -> int:
     """About how many the conversation has, and the tools with it: enough to tell a long one."""
     tools = _PER_TOOL * len(request.tools or ())
-    return tools + sum(_PER_MESSAGE + _length(message.content) for message in request.messages)
+    return tools + sum(map(_length, request.messages))
 
 
-def _length(content: str | list[ContentPart] | None) -> int:
-    if isinstance(content, list):
-        return sum(len(part.text or "") for part in content)
-    return len(content or "")
+def _length(message: Message) -> int:
+    content = message.content
+    texts = [part.text for part in content] if isinstance(content, list) else [content]
+    texts.append(message.reasoning_content)
+    for call in message.tool_calls or ():
+        arguments = call.function.arguments if call.function else None
+        texts.append(arguments if isinstance(arguments, str) else str(arguments or ""))
+    return _PER_MESSAGE + sum(len(text or "") for text in texts)
 
 
 def plain_messages(request: ChatRequest) -> list[dict[str, Any]]:
