@@ -63,12 +63,13 @@ async def test_what_the_work_raises_comes_out(aside: Aside, clock: ManualClock, 
 
 
 async def test_who_leaves_waits_for_no_thread_and_work_that_has_not_begun_is_not_done(aside: Aside) -> None:
-    gate, begun, done = threading.Event(), threading.Semaphore(0), []
+    gate, begun, ended, done = threading.Event(), threading.Semaphore(0), threading.Semaphore(0), []
 
     def work(number: int) -> Any:
         begun.release()
         gate.wait(10)
         done.append(number)
+        ended.release()
 
     tasks = [
         asyncio.ensure_future(aside.run("m", LARGE, lambda number=number: work(number)))
@@ -82,4 +83,6 @@ async def test_who_leaves_waits_for_no_thread_and_work_that_has_not_begun_is_not
             await task
     gate.set()
     await asyncio.gather(*tasks, return_exceptions=True)
+    for _ in range(THREADS + 1):  # that of who has left among them
+        await asyncio.to_thread(ended.acquire)
     assert sorted(done) == [number for number in range(THREADS + 2) if number != THREADS]
