@@ -184,27 +184,37 @@ class LayerRuns:
     def _at_once(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """All rows and all heads of a group are the query rows of their KV head: no keys are read twice."""
         rows, heads, width = queries.shape
-        kv_heads = self._kv_heads
-        group = heads // kv_heads
-        grouped = queries.reshape(rows, kv_heads, group, width)
+        group = heads // self._kv_heads
         if rows == 1 and mask is None:
-            seen, weight = _flash(grouped, keys, values)
-            return seen.reshape(1, heads, width), weight.reshape(1, heads)
-        grouped = grouped.transpose(0, 1).reshape(1, kv_heads, rows * group, width)
-        if mask is not None:
-            mask = mask.repeat_interleave(group, 0)
-        seen, weight = _flash(grouped, keys, values, attn_mask=mask)
-        seen = seen.view(kv_heads, rows, group, width).transpose(0, 1).reshape(rows, heads, width)
-        return seen, weight.view(kv_heads, rows, group).transpose(0, 1).reshape(rows, heads)
+            seen, weight = _flash(queries.reshape(1, self._kv_heads, group, width), keys, values)
+        else:
+            every = None if mask is None else mask.repeat_interleave(group, 0)
+            seen, weight = _by_groups(queries, keys, values, every)
+        return seen.reshape(rows, heads, width), weight.reshape(rows, heads)
+
+
+def _by_groups(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All rows and all heads of a group are the query rows of their KV head: no keys are read twice.
+
+    Keys and values [1, kv_heads, length, width], mask fp32 [rows * group, length]: views
+    [rows, kv_heads, group, width] and, of the log of the sum of exp, [rows, kv_heads, group].
+    """
+    rows, heads, width = queries.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    grouped = queries.reshape(rows, kv_heads, group, width).transpose(0, 1)
+    grouped = grouped.reshape(1, kv_heads, rows * group, width)
+    seen, weight = _flash(grouped, keys, values, attn_mask=mask)
+    seen = seen.view(kv_heads, rows, group, width).transpose(0, 1)
+    return seen, weight.view(kv_heads, rows, group).transpose(0, 1)
 
 
 def _causal(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Row i sees rows [0, i].
 
-    TOGETHER rows at a time, with the heads of a group as rows of their KV head: by itself the kernel computes
-    up to 512 keys for every row, and hides those that come later afterwards.
+    TOGETHER rows at a time: by itself the kernel computes up to 512 keys for every row, and hides those that
+    come later afterwards.
     """
     rows, heads, width = queries.shape
     kv_heads = keys.shape[1]
@@ -215,12 +225,10 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tens
     seen, weights = queries.new_empty(rows, heads, width), queries.new_empty(rows, heads)
     for first in range(0, rows, TOGETHER):
         count = min(TOGETHER, rows - first)
-        own = queries.narrow(0, first, count).view(count, kv_heads, group, width).transpose(0, 1)
-        own = own.reshape(1, kv_heads, count * group, width)
+        own = queries.narrow(0, first, count)
         length = first + count
         mask = later.narrow(0, 0, count * group).narrow(1, before - first, length)
-        found, weight = _flash(own, keys.narrow(2, 0, length), values.narrow(2, 0, length), attn_mask=mask)
-        found, weight = (part.view(kv_heads, count, group, -1).transpose(0, 1) for part in (found, weight))
+        found, weight = _by_groups(own, keys.narrow(2, 0, length), values.narrow(2, 0, length), mask)
         seen.narrow(0, first, count).view(found.shape).copy_(found)
         weights.narrow(0, first, count).view(weight.shape).copy_(weight)
     return seen, weights
