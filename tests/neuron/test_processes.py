@@ -6,8 +6,9 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,7 @@ async def test_stopping_leaves_a_server_that_others_use(warm: WarmServer) -> Non
 
 
 PROGRAM = """
-import asyncio, os, sys
+import asyncio, os, sys, tempfile
 print("main imported as", __name__, flush=True)
 sys.path.insert(0, {folder!r})
 import node_test_workers
@@ -265,6 +266,13 @@ async def main():
 if __name__ == "__main__":
     asyncio.run(main())
 """
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """With a short name, which pytest's is not everywhere."""
+    with tempfile.TemporaryDirectory(prefix="cortex-", dir="/tmp") as name:
+        yield Path(name)
 
 
 async def _run_program(folder: Path, then: str) -> tuple[asyncio.subprocess.Process, list[psutil.Process]]:
@@ -290,21 +298,37 @@ def files(folder: Path) -> list[Path]:
     return [file for file in folder.rglob("*") if "pymp-" in str(file.relative_to(folder))]
 
 
-async def test_a_node_that_is_killed_leaves_no_process_and_no_file(tmp_path: Path) -> None:
-    program, started = await _run_program(tmp_path, "await asyncio.sleep(600)")
+async def test_a_node_that_is_killed_leaves_no_process_and_no_file(folder: Path) -> None:
+    program, started = await _run_program(folder, "await asyncio.sleep(600)")
     assert len(started) >= 3, "warm server, resource tracker, worker"
-    assert len(files(tmp_path)) == 2, "a folder and a socket"
+    assert len(files(folder)) == 2, "a folder and a socket"
     program.kill()
     _, remaining = await asyncio.to_thread(psutil.wait_procs, started, 10)
     assert not remaining
-    assert not files(tmp_path)
+    assert not files(folder)
 
 
-async def test_a_node_that_fails_without_cleaning_up_ends_all_the_same(tmp_path: Path) -> None:
-    program, started = await _run_program(tmp_path, "sys.stdin.readline(); sys.exit(5)")
+async def test_a_node_that_fails_without_cleaning_up_ends_all_the_same(folder: Path) -> None:
+    program, started = await _run_program(folder, "sys.stdin.readline(); sys.exit(5)")
     assert program.stdin is not None
     program.stdin.write(b"go\n")
     assert await asyncio.wait_for(program.wait(), 10) == 5
     _, remaining = await asyncio.to_thread(psutil.wait_procs, started, 10)
     assert not remaining
-    assert not files(tmp_path)
+    assert not files(folder)
+
+
+async def test_a_folder_for_temporary_files_with_a_long_name_serves_as_well(folder: Path) -> None:
+    """A socket's name has 107 bytes; that of the one in it would have more."""
+    long = folder / ("long" * 20)
+    long.mkdir()
+    program, started = await _run_program(
+        long, "print(tempfile.gettempdir(), flush=True); sys.stdin.readline()"
+    )
+    assert program.stdin is not None and program.stdout is not None
+    assert (await program.stdout.readline()).decode().strip() == str(long), "others go on to use it"
+    program.stdin.write(b"go\n")
+    assert await asyncio.wait_for(program.wait(), 10) == 0
+    _, remaining = await asyncio.to_thread(psutil.wait_procs, started, 10)
+    assert not remaining
+    assert not files(long)

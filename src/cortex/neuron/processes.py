@@ -13,11 +13,12 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import types
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 from multiprocessing.context import ForkServerProcess
 from typing import Any, Final
 
@@ -29,6 +30,8 @@ _context: Final = multiprocessing.get_context("forkserver")
 _LEAVINGS: Final = "cortex.neuron.leavings"
 _ATTEMPTS: Final = 3
 _RETRY_S: Final = 0.05
+_LONGEST_FOLDER: Final = 75
+"""Bytes of a name to which `/pymp-xxxxxxxx/listener-xxxxxxxx` can be added for a socket of Linux (107)."""
 
 _spawning: Final = threading.Lock()
 """multiprocessing's own books are not made for two threads."""
@@ -58,6 +61,7 @@ class WarmServer:
         Raises LoadFailed if they cannot.
         """
         _context.set_forkserver_preload([*self._preload, __name__, _LEAVINGS])
+        _choose_folder()
         worker = await self.spawn(*self._probe)
         try:
             worker.hang_up()
@@ -150,6 +154,19 @@ async def _opened(
 async def _undo(spawning: asyncio.Future[WorkerProcess]) -> None:
     with contextlib.suppress(LoadFailed):
         await (await spawning).close()
+
+
+def _choose_folder() -> None:
+    """Where TMPDIR is too long for a socket in it, multiprocessing's folder is one in /tmp for this process.
+
+    By itself it fails then, up to Python 3.13.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_FOLDER:
+        usual, tempfile.tempdir = tempfile.tempdir, "/tmp"
+        try:
+            util.get_temp_dir()
+        finally:
+            tempfile.tempdir = usual
 
 
 @contextlib.contextmanager
