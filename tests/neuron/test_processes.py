@@ -325,7 +325,8 @@ async def test_a_folder_for_temporary_files_with_a_long_name_serves_as_well(fold
     program, started = await _run_program(
         long, "print(tempfile.gettempdir(), flush=True); sys.stdin.readline()"
     )
-    assert program.stdin is not None and program.stdout is not None
+    assert program.stdin is not None
+    assert program.stdout is not None
     assert (await program.stdout.readline()).decode().strip() == str(long), "others go on to use it"
     program.stdin.write(b"go\n")
     assert await asyncio.wait_for(program.wait(), 10) == 0

@@ -189,7 +189,7 @@ def test_a_window_reads_nothing_that_it_has_left_behind() -> None:
     cache = Cache(4)
     text = Text([(0, 3), (20, 5), (40, 20)], 1)
     assert compute(cache, [(text, 12)]) <= 1e-5
-    cache._stored[:, [*range(3), *range(20, 25)]] = NAN  # positions 0 to 7, and 12 sees from 9 on
+    cache._stored[..., [*range(3), *range(20, 25)], :] = NAN  # positions 0 to 7, and 12 sees from 9 on
     for length in (1, 9, 1):
         assert compute(cache, [(text, length)]) <= 1e-5
 
@@ -345,7 +345,7 @@ def check_copies(cache: Cache, copies: list[Copy]) -> None:
     cache._stored.copy_(random(*cache._stored.shape))
     expected = cache._stored.clone()
     for source, target, count in ((copy.source, copy.target, copy.count) for copy in copies):
-        expected[:, target : target + count] = expected[:, source : source + count].clone()
+        expected[..., target : target + count, :] = expected[..., source : source + count, :].clone()
     cache.copy(copies)
     assert torch.equal(cache._stored, expected)
 

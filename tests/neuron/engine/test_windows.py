@@ -88,7 +88,7 @@ def test_a_sequence_of_any_length_sees_its_window_and_lies_in_one_piece(window: 
     text, other = Text(2, 2), Text(3, 0)
     while text.cached < LENGTH:
         assert windows.compute((other, 1), (text, windows.left(text))) <= 1e-5
-    assert windows.pool.stored[0].shape[1] == WORKING * (window + stride)
+    assert windows.pool.stored[0].shape[3] == WORKING * (window + stride)
 
 
 def test_one_token_looks_once_however_long_its_sequence_has_lain() -> None:

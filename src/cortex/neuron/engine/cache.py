@@ -1,7 +1,8 @@
 """The KV cache: rows of keys and values in fp32, preallocated, and attention over them in stock torch.
 
 A sequence's rows lie in a few runs; what its queries see in each is merged by log-sum-exp, and only short
-runs of several sequences are gathered. Whoever plans the steps owns the rows. Knows no model.
+runs of several sequences are gathered. The rows of each head lie together, as attention reads one head after
+the other, and memory gives less to reads that skip. Whoever plans the steps owns the rows. Knows no model.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class RunCache:
         *,
         near: Collection[int] = (),
     ) -> None:
-        self._stored = reserved((layers, rows, 2, kv_heads, width), device)
+        self._stored = reserved((layers, 2, kv_heads, rows, width), device)
         self.nbytes = self._stored.nbytes
         self.layers = [LayerRuns(layer, index in near) for index, layer in enumerate(self._stored.unbind())]
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy rows of every layer, one order after the other."""
         for source, target, count in _joined(copies):
-            self._stored.narrow(1, target, count).copy_(self._stored.narrow(1, source, count))
+            self._stored.narrow(3, target, count).copy_(self._stored.narrow(3, source, count))
 
 
 def reserved(shape: tuple[int, ...], device: torch.device, *, at_once: bool = False) -> Tensor:
@@ -67,8 +68,8 @@ def reserved(shape: tuple[int, ...], device: torch.device, *, at_once: bool = Fa
     return torch.frombuffer(memory, dtype=torch.float32, count=math.prod(shape)).view(shape)
 
 
-def copy_layers(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    """Each layer by itself: it lies in one piece, and on its way to the host and back takes no memory of the
+def copy_pieces(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Each tensor by itself: it lies in one piece, and on its way to the host and back takes no memory of the
     device.
     """
     for target, source in zip(targets, sources, strict=True):
@@ -90,25 +91,28 @@ def _joined(copies: Sequence[Copy]) -> list[tuple[int, int, int]]:
 
 
 class LayerRuns:
-    """One layer of the cache, fp32 [rows, 2, kv_heads, width]; with `near`, one that has a window."""
+    """One layer of the cache, fp32 [2, kv_heads, rows, width]; with `near`, one that has a window."""
 
     def __init__(self, stored: Tensor, near: bool = False) -> None:
         self._stored = stored
         self._near = near
         self._plainly = stored.device.type != "cpu"
         """Without the flash kernel for CPUs."""
-        _, _, self._kv_heads, self._width = stored.shape
-        self._scale = 1 / math.sqrt(self._width)
-        self._row = stored.stride(0)
-        self._offset = stored.storage_offset()
+        _, self._kv_heads, rows, width = stored.shape
+        self._scale = 1 / math.sqrt(width)
+        self._keys, self._values = stored.unsqueeze(1).unbind()
+        self._by_rows = stored.permute(2, 0, 1, 3)
+        self._flat = stored.view(-1, width)
+        self._heads = torch.arange(0, 2 * self._kv_heads * rows, rows, device=stored.device).view(-1, 1)
+        """Where each head's rows of keys, then of values, begin in the flat view."""
 
     def write(self, step: Step, keys_values: Tensor) -> None:
         """Store fp32 [T, 2, kv_heads, width] in the rows of the step."""
         access = self._access(step)
         if access.first_slot is not None:
-            self._stored.narrow(0, access.first_slot, keys_values.shape[0]).copy_(keys_values)
+            self._by_rows.narrow(0, access.first_slot, keys_values.shape[0]).copy_(keys_values)
         else:
-            self._stored.index_copy_(0, access.slots, keys_values)
+            self._by_rows.index_copy_(0, access.slots, keys_values)
 
     def attend(self, step: Step, queries: Tensor, keys_values: Tensor) -> Tensor:
         """Causal attention of [T, heads, width] to what is stored, within the window: [T, heads * width]."""
@@ -137,7 +141,7 @@ class LayerRuns:
         if view.causal:
             keys, values = keys_values.narrow(0, view.first, view.length).unbind(1)
         else:
-            keys, values = self._run(view, 0), self._run(view, 1)
+            keys, values = (run.narrow(2, view.start, view.length) for run in (self._keys, self._values))
             if (view.mask is None or chosen.shape[0] <= FEW) and not self._plainly:
                 return self._at_once(chosen, keys, values, view.mask)
             keys, values = keys.squeeze(0).transpose(0, 1), values.squeeze(0).transpose(0, 1)
@@ -154,9 +158,9 @@ class LayerRuns:
         rows, heads, width = queries.shape
         kv_heads, each = self._kv_heads, view.each
         group = heads // kv_heads
-        gathered = self._stored.flatten(1).index_select(0, view.keys)
-        gathered = gathered.view(-1, view.length, 2, kv_heads, width).permute(2, 0, 3, 1, 4)
-        keys, values = gathered.unbind()
+        places = view.keys.view(-1, 1, view.length) + self._heads
+        gathered = self._flat.index_select(0, places.view(-1))
+        keys, values = gathered.view(-1, 2, kv_heads, view.length, width).unbind(1)
         mask = view.mask
         if each == 1:
             grouped = queries.view(rows, kv_heads, group, width)
@@ -174,12 +178,6 @@ class LayerRuns:
             seen = seen.view(-1, kv_heads, each, group, width).transpose(1, 2)
             weight = weight.view(-1, kv_heads, each, group).transpose(1, 2)
         return seen.reshape(rows, heads, width), weight.reshape(rows, heads)
-
-    def _run(self, view: View, which: int) -> Tensor:
-        """Keys (0) or values (1) of a run: [1, kv_heads, length, width]."""
-        offset = self._offset + view.start * self._row + which * self._kv_heads * self._width
-        size = (1, self._kv_heads, view.length, self._width)
-        return self._stored.as_strided(size, (0, self._width, self._row, 1), offset)
 
     def _at_once(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None

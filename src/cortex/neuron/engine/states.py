@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cortex.neuron.engine.cache import HOST, copy_layers, reserved
+from cortex.neuron.engine.cache import HOST, copy_pieces, reserved
 from cortex.neuron.models.shape import DeltaShape
 from cortex.neuron.nn.placement import Share
 from cortex.neuron.nn.plan import Segment, StateCopy
@@ -50,7 +50,7 @@ class StatePool:
         """States of every layer, one order after the other."""
         for copy in copies:
             for which in range(2):
-                copy_layers(self._at(which, copy.target), self._at(which, copy.source))
+                copy_pieces(self._at(which, copy.target), self._at(which, copy.source))
 
     def begin(self, segments: Iterable[Segment]) -> None:
         """Sequences whose first token is in the step have nothing behind them."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cortex.neuron.engine.cache import HOST, LayerRuns, copy_layers, reserved
+from cortex.neuron.engine.cache import HOST, LayerRuns, copy_pieces, reserved
 from cortex.neuron.nn.plan import NearSlots, Segment, StateCopy
 
 
@@ -34,8 +34,8 @@ class WindowPool:
     ) -> None:
         self.sizes = sizes
         self._working = working
-        self._slots = reserved((layers, working * sizes.rows, 2, kv_heads, width), device)
-        self._kept = reserved((kept, layers, sizes.window, 2, kv_heads, width), HOST, at_once=True)
+        self._slots = reserved((layers, 2, kv_heads, working * sizes.rows, width), device)
+        self._kept = reserved((kept, layers, 2, kv_heads, sizes.window, width), HOST, at_once=True)
         self.stored = (self._slots, self._kept)
         self.nbytes = sum(part.nbytes for part in self.stored)
         self.layers = [LayerRuns(layer, near=True) for layer in self._slots.unbind()]
@@ -43,7 +43,7 @@ class WindowPool:
     def copy(self, copies: Iterable[StateCopy]) -> None:
         """Windows of every layer, one order after the other."""
         for copy in copies:
-            copy_layers(self._at(copy.target, copy.tokens), self._at(copy.source, copy.tokens))
+            copy_pieces(self._at(copy.target, copy.tokens), self._at(copy.source, copy.tokens))
 
     def begin(self, segments: Iterable[Segment]) -> None:
         """Of a sequence that begins another stretch, the window behind it moves to where its slot begins."""
@@ -55,13 +55,16 @@ class WindowPool:
                 target = part.slot * self.sizes.rows + window - behind
                 for at in range(0, behind, stride):  # further than this they would overlap
                     count = min(stride, behind - at)
-                    rows = self._slots.narrow(1, source + at, count)
-                    self._slots.narrow(1, target + at, count).copy_(rows)
+                    rows = self._slots.narrow(3, source + at, count)
+                    self._slots.narrow(3, target + at, count).copy_(rows)
 
     def _at(self, slot: int, tokens: int) -> tuple[Tensor, ...]:
-        """What a slot holds of the window after so many tokens: of each layer [n, 2, kv_heads, width]."""
+        """What a slot holds of the window after so many tokens: of each layer's keys and values, head by
+        head, [n, width].
+        """
         count = min(self.sizes.window, tokens)
         if slot < self._working:
-            return self._slots.narrow(1, self.sizes.end(slot, tokens) - count, count).unbind()
-        kept = self._kept.select(0, slot - self._working)
-        return kept.narrow(1, self.sizes.window - count, count).unbind()
+            rows = self._slots.narrow(3, self.sizes.end(slot, tokens) - count, count)
+        else:
+            rows = self._kept.select(0, slot - self._working).narrow(3, self.sizes.window - count, count)
+        return rows.flatten(0, 2).unbind()
