@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cortex.neuron.nn import looks as module
 from cortex.neuron.nn.embedding import Embedding
 from cortex.neuron.nn.linear import Linear, product
-from cortex.neuron.nn.looks import GATHERED, Gathered, View
+from cortex.neuron.nn.looks import FILLED, GATHERED, Gathered, View
 from cortex.neuron.nn.mlp import GatedMLP
 from cortex.neuron.nn.moe import Projection
 from cortex.neuron.nn.norm import FEW_ROWS, RMSNorm
@@ -172,10 +171,10 @@ def test_the_rows_that_are_asked_for_look_at_what_they_see_in_the_whole_step() -
 
 
 def test_rows_that_see_the_same_run_look_together() -> None:
-    """Rows 0, 2 and 3 have the run (0, 8) before their own; for row 1, it comes second."""
+    """Rows 0, 2 and 3 have the run (0, 8) before their own; for row 1, it comes second. None is gathered."""
     runs = [[(0, 8), (20, 1)], [(40, 3), (0, 8)], [(0, 8), (30, 2)], [(0, 8), (50, 4)]]
     segments = [Segment(sum(count for _, count in seen) - 1, 1, seen) for seen in runs]
-    step = prepare(StepPlan([1, 2, 3, 4], segments, [0, 1, 2, 3]), CPU)
+    step = prepare(StepPlan([1, 2, 3, 4], segments, [0, 1, 2, 3]), CPU, row_bytes=GATHERED["cpu"])
     assert step.asked is None
     assert step.full.slots.tolist() == [20, 7, 31, 53]
     looked = [
@@ -197,45 +196,45 @@ def tokens(runs: list[list[Run]]) -> StepPlan:
     return StepPlan([0] * len(runs), segments, [])
 
 
-def test_what_rows_see_in_one_short_run_each_is_gathered() -> None:
-    """All but those of row 1, which has two runs, and of rows 2 and 3, which have the same one."""
+def test_runs_in_which_sequences_end_are_gathered() -> None:
+    """All but those of rows 2 and 3, which end in the same one; row 1 has looked then, and looks again."""
     runs = [[(0, 5)], [(10, 4), (20, 3)], [(30, 6)], [(30, 6)], [(40, 8)], [(60, 7)]]
     looks = prepare(tokens(runs), CPU).full.looks
     assert not looks.in_order
-    gathered = [view for view in looks.views if isinstance(view, Gathered)]
-    (found,) = gathered
+    found = looks.views[0]
+    assert isinstance(found, Gathered)
     assert found.rows is not None
-    assert found.rows.tolist() == [0, 4, 5]
-    assert found.keys.view(3, 8).tolist() == [
+    assert found.rows.tolist() == [0, 1, 4, 5]
+    assert found.keys.view(4, 8).tolist() == [
         [0, 1, 2, 3, 4, 4, 4, 4],
+        [20, 21, 22, 22, 22, 22, 22, 22],
         [40, 41, 42, 43, 44, 45, 46, 47],
         [60, 61, 62, 63, 64, 65, 66, 66],
     ]
     assert found.mask is not None
-    assert found.mask.isinf().view(3, 8).sum(1).tolist() == [3, 0, 1]
-    others = [(view.start, view.length) for view in looks.views if isinstance(view, View)]
-    assert others == [(10, 4), (20, 3), (30, 6)]
+    assert found.mask.isinf().view(4, 8).sum(1).tolist() == [3, 5, 0, 1]
+    others = [(view.start, view.length, view.fresh) for view in looks.views[1:] if isinstance(view, View)]
+    assert others == [(10, 4, False), (30, 6, True)]
 
 
-def test_rows_are_gathered_with_those_that_see_about_as_much_and_not_with_too_many(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rows_are_gathered_with_those_that_see_about_as_much_and_not_with_too_many() -> None:
+    row_bytes = 2**13
+
     def together(lengths: list[int]) -> list[tuple[int, int, int]]:
-        looks = prepare(
-            tokens([[(500 * index, length)] for index, length in enumerate(lengths)]), CPU
-        ).full.looks
+        plan = tokens([[(9000 * index, length)] for index, length in enumerate(lengths)])
+        looks = prepare(plan, CPU, row_bytes=row_bytes).full.looks
         return [(view.first, view.last, view.length) for view in looks.views if isinstance(view, Gathered)]
 
-    longest = GATHERED["cpu"]
-    assert together([20, 100, 30]) == [(0, 3, 30)]
-    assert together([20, 100]) == []
-    assert together([longest, longest - 1]) == [(0, 2, longest)]
-    assert together([longest, longest + 1]) == []
-    assert together([20] * 5) == [(0, 5, 20)]
-    assert together([longest] * 9) == [(0, 8, longest)], "and the ninth looks for itself"
-    monkeypatch.setitem(module.MOST_GATHERED, "cpu", 64)
-    assert together([20] * 5) == [(0, 2, 20), (2, 4, 20)]
-    looks = prepare(tokens([[(500 * index, 20)] for index in range(4)]), CPU).full.looks
+    most, filled = GATHERED["cpu"] // row_bytes, FILLED["cpu"]
+    assert together([20, 20 + filled, 30]) == [(0, 3, 20 + filled)]
+    assert together([20, 21 + filled]) == []
+    assert together([200, 20, 201, 30]) == [(0, 3, 201), (1, 4, 30)]
+    assert together([most // 2, most // 2 - 1]) == [(0, 2, most // 2)]
+    assert together([most // 2, most // 2 + 1]) == []
+    assert together([most // 4] * 5) == [(0, 4, most // 4)], "and the fifth looks for itself"
+    assert together([most // 2] * 4) == [(0, 2, most // 2), (2, 4, most // 2)]
+    plan = tokens([[(9000 * index, most // 2)] for index in range(4)])
+    looks = prepare(plan, CPU, row_bytes=row_bytes).full.looks
     assert looks.in_order
     assert {view.mask for view in looks.views} == {None}
 

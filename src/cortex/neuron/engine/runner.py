@@ -69,6 +69,7 @@ class Runner:
         self._pools = tuple(pool for pool in (states, windows) if pool is not None)
         self._has_states = shape.delta is not None
         self._near = None if windows is None else windows.sizes
+        self._row_bytes = 4 * 2 * placement.share.divide(shape.kv_heads) * shape.head_dim
         self._way: Pass | None = None
         """The chunk that goes through the model a few layers a step."""
         self.cache_bytes = cache.nbytes + sum(pool.nbytes for pool in self._pools)
@@ -119,8 +120,8 @@ class Runner:
         return self._model.end(way)
 
     def _prepare(self, plan: StepPlan, ids: Tensor | None = None) -> Step:
-        window, states = self.shape.window, self._has_states
-        return prepare(plan, self.device, self._page, window, self._near, states=states, ids=ids)
+        sizes = (self._page, self.shape.window, self._near)
+        return prepare(plan, self.device, *sizes, row_bytes=self._row_bytes, states=self._has_states, ids=ids)
 
 
 def load_runner(

@@ -7,6 +7,7 @@ of them a query sees.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import torch
@@ -17,11 +18,12 @@ from cortex.neuron.nn.transfer import to_device
 
 KNOWS_CAUSALITY: Final = ("cpu",)
 """Types of devices whose attention hides later tokens by itself."""
-GATHERED: Final = {"cpu": 160, "cuda": 2**12}
-"""Keys that a row may see at most for them to be gathered with those of others: a CPU soon takes longer to
-copy them, while on CUDA every call costs what thousands of them do. The latter is unverified on hardware."""
-MOST_GATHERED: Final = {"cpu": 2**11, "cuda": 2**15}
-"""Keys that are gathered at once at most, as a layer copies them: more of them leave the caches of a CPU."""
+GATHERED: Final = {"cpu": 2**22, "cuda": 2**28}
+"""Bytes of keys and values that are brought together at once at most, as a layer copies them: more of them
+leave the caches of a CPU, and take longer than one look after the other. Unverified on CUDA, as FILLED is."""
+FILLED: Final = {"cpu": 64, "cuda": 2**12}
+"""Keys more than its own that a row may be given to be gathered with others: a CPU soon takes longer to copy
+them than for one look more, while on CUDA every look costs what thousands of them do."""
 
 FEW: Final = 8
 """Several tokens, up to this, look once through a mask at a run that holds all of their sequence: to look at
@@ -49,8 +51,8 @@ class View(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """Rows of the step that look at a run of their own and at nothing else, `each` of one sequence, all at
-    once: a call for each sequence costs more than to bring together what they see.
+    """Rows of the step that look at a run of their own, `each` of one sequence, all at once and before they
+    look at anything else: a call for each sequence costs more than to bring together what they see.
 
     The rows are [first, last), or those of `rows`, int64. `keys`, int64 [n * length], are the rows of the
     cache that each of n sequences has, filled up with its last one to `length`, and `mask`, fp32
@@ -87,20 +89,23 @@ class Looking:
     """Finds what the rows of a plan see.
 
     One token sees whole runs of the cache, itself included; rows that see the same run look together, and of
-    those that see one short run each, all that see about as much; so do few tokens of a sequence.
+    the runs in which sequences end, those that are about as long; so do few tokens of a sequence.
     Several tokens see what came before them as runs, and themselves causally. A window of W tokens shows a
     token at position q the keys from q - W + 1 on. So several tokens are taken W at a time: the last of them
     still sees the first, and what came before they see through a mask where the window shows.
     """
 
-    def __init__(self, plan: StepPlan, device: torch.device, window: int | None) -> None:
+    def __init__(self, plan: StepPlan, device: torch.device, window: int | None, row_bytes: int) -> None:
+        """`row_bytes` is what a layer's cache has of one token."""
         self._plan = plan
         self._device = device
         self._window = window
         self._fresh = [True] * len(plan.ids)
         self._single: dict[Run, list[int]] = {}
         self._views: list[View] = []
-        self._short = GATHERED.get(device.type, 0)
+        self._most = GATHERED.get(device.type, 0) // row_bytes
+        """Keys that are gathered at once."""
+        self._short = self._most // 2
         self._alone: list[_Alone] = []
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
@@ -111,8 +116,8 @@ class Looking:
                 seen = part.runs if self._window is None else self._within(part)
                 for run in seen:
                     self._single.setdefault(run, []).append(row)
-                if len(seen) == 1 and seen[0][1] <= self._short:
-                    self._alone.append(_Alone(row, 1, seen[0]))
+                if seen[-1][1] <= self._short:
+                    self._alone.append(_Alone(row, 1, seen[-1]))
             else:
                 self._several(part, row)
             row += part.length
@@ -184,25 +189,37 @@ class Looking:
         return known
 
     def _gathered(self) -> list[Gathered]:
-        """Of sequences that share no run with others and have as many rows, those that see about as much:
-        none is filled up to more than twice its length. Few rows that are like nobody's get a view.
+        """Of runs in which a sequence ends, and nobody else looks, those that are about as long. Few rows
+        that are like nobody's get a view.
         """
-        alike: dict[tuple[int, int], list[_Alone]] = {}
+        alike: dict[int, list[_Alone]] = {}
         for one in self._alone:
             if one.rows > 1 or len(self._single[one.run]) == 1:
-                alike.setdefault((one.rows, (one.run[1] - 1).bit_length()), []).append(one)
+                alike.setdefault(one.rows, []).append(one)
         found = []
-        for (rows, bits), ones in alike.items():
-            most = max(1, MOST_GATHERED[self._device.type] >> bits)
-            for at in range(0, len(ones), most):
-                some = ones[at : at + most]
+        for rows, ones in alike.items():
+            for some in self._about_as_long(ones):
                 if len(some) > 1:
                     found.append(_gather(some, self._device))
                     for one in some:  # whose run nobody has to look at any more
                         self._single.pop(one.run, None)
+                        self._fresh[one.row] = False
                 elif rows > 1:
                     self._views.append(self._few(some[0]))
-        return found
+        return sorted(found, key=lambda gathered: gathered.first)
+
+    def _about_as_long(self, ones: list[_Alone]) -> Iterator[list[_Alone]]:
+        """In groups that are gathered at once, each in the order of its rows."""
+        most = FILLED.get(self._device.type, 0)
+        group: list[_Alone] = []
+        for one in sorted(ones, key=lambda one: one.run[1]):
+            length = one.run[1]
+            if group and (length > group[0].run[1] + most or (len(group) + 1) * length > self._most):
+                yield sorted(group)
+                group = []
+            group.append(one)
+        if group:
+            yield sorted(group)
 
     def _together(self) -> list[View]:
         together: list[View] = []

@@ -95,52 +95,61 @@ def prepare(
     window: int | None = None,
     near: NearSlots | None = None,
     *,
+    row_bytes: int = 1,
     states: bool = True,
     ids: Tensor | None = None,
 ) -> Step:
     """`page` is the size of the cache's pages, if it has any; `window` that of layers which have one, and
     `near` says where they have their rows, if not where others have theirs. `states`: there are layers that
-    have some, in the segments' slots. `ids`, int64 [T], are there instead of those of a plan that follows."""
-    full = _paged_access(plan, device) if page else _access(plan, device, None)
+    have some, in the segments' slots. `row_bytes` is what a layer's cache has of one token. `ids`, int64 [T],
+    are there instead of those of a plan that follows."""
+    full = _paged_access(plan, device) if page else _access(plan, device, None, row_bytes)
     return Step(
         to_device(plan.ids, device) if ids is None else ids,
         to_device(plan.positions, device),
-        _asked(plan, device, page, window, near),
+        _asked(plan, device, page, window, near, row_bytes),
         full,
-        None if window is None or page else _near(plan, device, window, near, full),
+        None if window is None or page else _near(plan, device, window, near, full, row_bytes),
         _pages(plan, page, device) if page else None,
         _states(plan, device) if states else None,
     )
 
 
 def _asked(
-    plan: StepPlan, device: torch.device, page: int | None, window: int | None, near: NearSlots | None
+    plan: StepPlan,
+    device: torch.device,
+    page: int | None,
+    window: int | None,
+    near: NearSlots | None,
+    row_bytes: int,
 ) -> Asked | None:
     if len(plan.wanted) == len(plan.ids):
         return None
-    alone = prepare(plan.asked(), device, page, window, near, states=False) if plan.wanted else None
+    alone = None
+    if plan.wanted:
+        alone = prepare(plan.asked(), device, page, window, near, row_bytes=row_bytes, states=False)
     return Asked(to_device(plan.wanted, device, torch.int64), alone)
 
 
 def _near(
-    plan: StepPlan, device: torch.device, window: int, near: NearSlots | None, full: Access
+    plan: StepPlan, device: torch.device, window: int, near: NearSlots | None, full: Access, row_bytes: int
 ) -> Access | None:
     """What layers with a window do, if that is not what others do."""
     if near is None:
         if all(part.end <= window for part in plan.segments):
             return None
-        return full._replace(looks=Looking(plan, device, window).looks())
+        return full._replace(looks=Looking(plan, device, window, row_bytes).looks())
     segments = [
         msgspec.structs.replace(part, runs=[(near.origin(part.slot, part.start), part.end)])
         for part in plan.segments
     ]
-    return _access(msgspec.structs.replace(plan, segments=segments), device, window)
+    return _access(msgspec.structs.replace(plan, segments=segments), device, window, row_bytes)
 
 
-def _access(plan: StepPlan, device: torch.device, window: int | None) -> Access:
+def _access(plan: StepPlan, device: torch.device, window: int | None, row_bytes: int) -> Access:
     slots = _slots(plan)
     follow = slots == [*range(slots[0], slots[0] + len(slots))]
-    looks = Looking(plan, device, window).looks()
+    looks = Looking(plan, device, window, row_bytes).looks()
     return Access(to_device(slots, device), slots[0] if follow else None, looks)
 
 
