@@ -158,8 +158,10 @@ class Planner:
         if drafted > 0:
             self._pace.drafted(scheduled.decoding, drafted, seconds)
             return
-        if scheduled.plan.layers:
-            self._pace.passed(scheduled.work, scheduled.plan.layers, seconds)
+        layers = scheduled.plan.layers
+        if layers:
+            # Of the last layer hardly anything is computed: there only rows go on whose logits are asked for.
+            self._pace.passed(scheduled.work, max(1, layers - 1) if scheduled.prefill else layers, seconds)
             self._spent = (self._spent or 0.0) + seconds
         else:
             turns = self._way is not None and self._way.passed > 0
@@ -180,8 +182,11 @@ class Planner:
             return left if begins else 0
         seconds = self._pace.left(*self._others) - (self._spent or 0.0)
         if begins:
-            return min(left, max(1, self._pace.passes(FIRST_PART * seconds, way.work)))
-        return min(left, self._pace.passes(seconds, way.work))
+            layers = max(1, self._pace.passes(FIRST_PART * seconds, way.work))
+        else:
+            layers = self._pace.passes(seconds, way.work)
+        # The last one costs so little that it goes along with the one before it.
+        return left if layers and layers >= left - 1 else layers
 
     def _on_the_way(
         self, way: _Way, layers: int, copies: list[Copy], states: list[StateCopy], now: float
