@@ -184,6 +184,33 @@ def test_the_last_layer_goes_along_with_the_one_before_it_and_teaches_nothing(ma
     assert min(last) >= 2
 
 
+@pytest.mark.parametrize(("slow", "goes_on"), [(0.05, True), (1.5, False)])
+def test_what_is_left_of_a_turn_after_a_chunk_is_for_the_next_one(
+    made: Scheduler, slow: float, goes_on: bool
+) -> None:
+    ask(made, 2, 1500)
+    while not (last := plan(made)).prefill:
+        finish(made, last)
+    finish(made, last, slow)
+    after = plan(made)
+    assert (after.plan.chunk is not None) is goes_on
+    assert after.decoding == (0 if goes_on else 1)
+    if goes_on:
+        assert after.plan.layers < LAYERS / 2, "for as long as those who decode may wait"
+
+
+@pytest.mark.parametrize("length", [5, 100])
+def test_a_shorter_prompt_that_comes_last_waits_for_those_who_decode(made: Scheduler, length: int) -> None:
+    """It goes along with them, or sets out after them."""
+    ask(made, 2, 300)
+    while not (last := plan(made)).prefill or made._running[1].missing - last.prefill > 0:
+        finish(made, last)
+    ask(made, 3, length)
+    finish(made, last, 0.05)
+    assert made._running[1].in_decode
+    assert keys(plan(made))[:2] == [1, 2]
+
+
 def test_what_a_chunk_has_taken_says_how_many_layers_more_it_may_pass() -> None:
     """One that somebody else disturbs stops before those who decode have waited for twice as long."""
     passed = {}

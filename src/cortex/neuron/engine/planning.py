@@ -94,6 +94,8 @@ class Planner:
         """A step of the sequences that run, one at least, after these copies."""
         decoding = [sequence for sequence in running if sequence.in_decode]
         prompts = [sequence for sequence in running if not sequence.in_decode]
+        if self._way is None and self._spent is not None and decoding:
+            self._go_on(prompts, len(decoding))
         way = self._way
         if way is not None:
             layers = self._next_layers(way, running, len(decoding))
@@ -188,6 +190,24 @@ class Planner:
         # The last one costs so little that it goes along with the one before it.
         return left if layers and layers >= left - 1 else layers
 
+    def _go_on(self, prompts: list[Sequence], decoding: int) -> None:
+        """After the last layer of a chunk, what is left of its turn is for the next one of a long prompt."""
+        seconds = self._pace.spare(decoding)
+        for sequence in prompts:
+            cost = self._cost_beside(sequence)
+            if not self.is_short(sequence.piece) and (cost is None or cost > seconds):
+                self._set_out(sequence, seconds)
+                return
+
+    def _set_out(self, sequence: Sequence, seconds: float) -> None:
+        """A chunk of its prompt, for which there are so many seconds in each turn."""
+        length = self._pace.chunk(seconds, sequence.piece, sequence.cached)
+        self._way = _Way(sequence, length, self._pace.work(length, sequence.cached))
+
+    def _cost_beside(self, sequence: Sequence) -> float | None:
+        """Seconds of its prompt in the pass of those who decode."""
+        return self._pace.beside(self._pace.work_beside(sequence.piece, sequence.cached))
+
     def _on_the_way(
         self, way: _Way, layers: int, copies: list[Copy], states: list[StateCopy], now: float
     ) -> Scheduled:
@@ -230,15 +250,14 @@ class Planner:
         seconds = self._pace.spare(decoding)
         left = seconds if self._way is None else HALF * seconds
         for sequence in prompts:
-            cost = self._pace.beside(self._pace.work_beside(sequence.piece, sequence.cached))
+            cost = self._cost_beside(sequence)
             if cost is not None and cost <= left:
                 left -= cost
                 making.add(sequence, sequence.piece)
             elif self._way is None:
                 if len(making.segments) == decoding:
                     self._pace.doubt(sequence.piece)
-                length = self._pace.chunk(seconds, sequence.piece, sequence.cached)
-                self._way = _Way(sequence, length, self._pace.work(length, sequence.cached))
+                self._set_out(sequence, seconds)
                 left = min(left, HALF * seconds)
 
 
