@@ -43,7 +43,7 @@ class ChatApi:
         self._metrics = metrics
         self._clock = clock
         self._wall = wall
-        self._aside = Aside(clock)
+        self._aside = Aside()
 
     async def handle(self, request: Request) -> Response | EventStream:
         """Raises BadRequest and what a lease on the model raises; a stream does before its first byte."""

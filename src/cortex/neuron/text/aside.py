@@ -7,6 +7,7 @@ tokens. Knows neither templates nor tokenizers, only how large the work is and h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,18 +17,22 @@ T = TypeVar("T")
 
 THREADS: Final = 4
 """They share the interpreter with the event loop, so that more would only hold that up."""
+OF_ONE: Final = 2
+"""Threads that one model has at a time, so that a template which means ill leaves some to the others."""
 LARGE: Final = 8192
 """Characters that take milliseconds."""
 SLOW_S: Final = 0.05
-"""Nothing that is not large takes so long, but where a model's template is slow by itself, or means ill."""
+"""Of a processor. Nothing that is not large takes so long, but where a model's template is slow by itself, or
+means ill."""
 
 
 class Aside:
-    """One for the node's life. Remembers the models for which small work was slow once."""
+    """One for the node's life. Remembers the models whose small work is slow. `clock` is a thread's own."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
         self._clock = clock
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prompt")
+        self._places: dict[str, asyncio.Semaphore] = {}
         self._slow: set[str] = set()
 
     async def run(self, model_id: str, size: int, work: Callable[[], T]) -> T:
@@ -35,11 +40,29 @@ class Aside:
 
         Cancelled, work that has not begun is not done; else its thread ends it for nobody.
         """
-        if size >= LARGE or model_id in self._slow:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        if size < LARGE and model_id not in self._slow:
+            return self._timed(model_id, size, work)
+        loop, places = (
+            asyncio.get_running_loop(),
+            self._places.setdefault(model_id, asyncio.Semaphore(OF_ONE)),
+        )
+        await places.acquire()
+        begun = self._threads.submit(self._timed, model_id, size, work)
+
+        def leave(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(places.release)
+
+        begun.add_done_callback(leave)
+        return await asyncio.wrap_future(begun)
+
+    def _timed(self, model_id: str, size: int, work: Callable[[], T]) -> T:
         began = self._clock()
         try:
             return work()
         finally:
-            if self._clock() - began > SLOW_S:
+            slow = self._clock() - began > SLOW_S
+            if slow and size < LARGE:
                 self._slow.add(model_id)
+            elif not slow:
+                self._slow.discard(model_id)
