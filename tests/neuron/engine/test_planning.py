@@ -199,13 +199,29 @@ def test_what_is_left_of_a_turn_after_a_chunk_is_for_the_next_one(
         assert after.plan.layers < LAYERS / 2, "for as long as those who decode may wait"
 
 
-@pytest.mark.parametrize("length", [5, 100])
-def test_a_shorter_prompt_that_comes_last_waits_for_those_who_decode(made: Scheduler, length: int) -> None:
-    """It goes along with them, or sets out after them."""
+@pytest.mark.parametrize("length", [7, 100])
+def test_long_prompts_one_after_the_other_keep_no_short_one_waiting(made: Scheduler, length: int) -> None:
+    """Neither one that would go along if no chunk were on its way, nor one that is too dear for that."""
+    key = 3
+    ask(made, 2, 400, 1)
+    ask(made, 3, 400, 1)
+    ask(made, 100, length, 1)
+    for _ in range(2000):
+        if len(made._running) < 4 and 100 in (sequence.key for sequence in made._running):
+            key += 1
+            ask(made, key, 400, 1)
+        if any(output.key == 100 for output in finish(made, plan(made))):
+            break
+    else:
+        raise AssertionError(f"{key - 1} long ones went before it")
+    assert key <= 6
+
+
+def test_what_goes_along_with_those_who_decode_waits_for_their_turn(made: Scheduler) -> None:
     ask(made, 2, 300)
     while not (last := plan(made)).prefill or made._running[1].missing - last.prefill > 0:
         finish(made, last)
-    ask(made, 3, length)
+    ask(made, 3, 5)
     finish(made, last, 0.05)
     assert made._running[1].in_decode
     assert keys(plan(made))[:2] == [1, 2]

@@ -265,6 +265,13 @@ def test_few_tokens_of_several_sequences_are_gathered_with_those_of_as_many() ->
     assert three.mask.isinf().sum(-1).tolist() == [2, 1, 0]
 
 
+def test_a_run_that_few_rows_have_gathered_is_still_looked_at_by_others() -> None:
+    segments = [Segment(6, 2, [(0, 8)]), Segment(6, 2, [(20, 8)]), Segment(10, 1, [(0, 8), (50, 3)])]
+    looks = prepare(StepPlan([0] * 5, segments, []), CPU).full.looks
+    others = [(view.first, view.start, view.length) for view in looks.views if isinstance(view, View)]
+    assert sorted(others) == [(4, 0, 8), (4, 50, 3)]
+
+
 @pytest.mark.parametrize(
     ("segments", "in_order"),
     [

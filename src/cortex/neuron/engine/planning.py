@@ -94,7 +94,7 @@ class Planner:
         """A step of the sequences that run, one at least, after these copies."""
         decoding = [sequence for sequence in running if sequence.in_decode]
         prompts = [sequence for sequence in running if not sequence.in_decode]
-        if self._way is None and self._spent is not None and decoding:
+        if self._spent is not None and decoding and not self._begin_together(decoding, prompts):
             self._go_on(prompts, len(decoding))
         way = self._way
         if way is not None:
@@ -191,12 +191,15 @@ class Planner:
         return left if layers and layers >= left - 1 else layers
 
     def _go_on(self, prompts: list[Sequence], decoding: int) -> None:
-        """After the last layer of a chunk, what is left of its turn is for the next one of a long prompt."""
+        """After a chunk's last layer what is left of its turn is for the next one, unless it is the turn
+        of a prompt that goes along with those who decode if nobody is on the way.
+        """
         seconds = self._pace.spare(decoding)
-        for sequence in prompts:
+        for sequence in prompts if self._way is None else ():
             cost = self._cost_beside(sequence)
-            if not self.is_short(sequence.piece) and (cost is None or cost > seconds):
-                self._set_out(sequence, seconds)
+            if cost is None or cost > HALF * seconds:
+                if cost is None or cost > seconds:
+                    self._set_out(sequence, seconds)
                 return
 
     def _set_out(self, sequence: Sequence, seconds: float) -> None:

@@ -202,7 +202,8 @@ class Looking:
                 if len(some) > 1:
                     found.append(_gather(some, self._device))
                     for one in some:  # whose run nobody has to look at any more
-                        self._single.pop(one.run, None)
+                        if rows == 1:
+                            del self._single[one.run]
                         self._fresh[one.row] = False
                 elif rows > 1:
                     self._views.append(self._few(some[0]))

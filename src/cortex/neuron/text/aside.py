@@ -19,6 +19,8 @@ THREADS: Final = 4
 """They share the interpreter with the event loop, so that more would only hold that up."""
 OF_ONE: Final = 2
 """Threads that one model has at a time, so that a template which means ill leaves some to the others."""
+QUICK: Final = 32
+"""Times in a row that a slow model's work must be quick to be done at once again."""
 LARGE: Final = 8192
 """Characters that take milliseconds."""
 SLOW_S: Final = 0.05
@@ -33,7 +35,8 @@ class Aside:
         self._clock = clock
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prompt")
         self._places: dict[str, asyncio.Semaphore] = {}
-        self._slow: set[str] = set()
+        self._slow: dict[str, int] = {}
+        """How many times more a model's work has to be quick."""
 
     async def run(self, model_id: str, size: int, work: Callable[[], T]) -> T:
         """What `work` gives or raises, done in a thread if `size` characters, or the model, take long.
@@ -63,6 +66,6 @@ class Aside:
         finally:
             slow = self._clock() - began > SLOW_S
             if slow and size < LARGE:
-                self._slow.add(model_id)
-            elif not slow:
-                self._slow.discard(model_id)
+                self._slow[model_id] = QUICK
+            elif not slow and (left := self._slow.pop(model_id, 0)) > 1:
+                self._slow[model_id] = left - 1
