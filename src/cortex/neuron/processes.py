@@ -164,7 +164,8 @@ def _choose_folder() -> None:
     if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_FOLDER:
         usual, tempfile.tempdir = tempfile.tempdir, "/tmp"
         try:
-            util.get_temp_dir()
+            with contextlib.suppress(OSError):  # then starting a worker says what cannot be done
+                util.get_temp_dir()
         finally:
             tempfile.tempdir = usual
 

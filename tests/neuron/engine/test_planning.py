@@ -199,6 +199,21 @@ def test_what_is_left_of_a_turn_after_a_chunk_is_for_the_next_one(
         assert after.plan.layers < LAYERS / 2, "for as long as those who decode may wait"
 
 
+@pytest.mark.parametrize(("first", "within"), [(128, 0.5), (600, 1.5)])
+def test_a_prompt_that_came_before_a_long_one_is_ready_before_it(
+    made: Scheduler, first: int, within: float
+) -> None:
+    """Its rest is too dear to go along, and is shorter than the long one's: it sets out first all the same."""
+    ask(made, 2, first)
+    ask(made, 3, 1500)
+    taken = seconds(step(made))
+    while not made._running[1].generated:
+        taken += seconds(scheduled := plan(made))
+        finish(made, scheduled)
+    assert taken <= within
+    assert made._running[2].missing > 1000
+
+
 @pytest.mark.parametrize("length", [7, 100])
 def test_long_prompts_one_after_the_other_keep_no_short_one_waiting(made: Scheduler, length: int) -> None:
     """Neither one that would go along if no chunk were on its way, nor one that is too dear for that."""

@@ -1,8 +1,9 @@
 """The KV cache: rows of keys and values in fp32, preallocated, and attention over them in stock torch.
 
-A sequence's rows lie in a few runs; what its queries see in each is merged by log-sum-exp, and only short
-runs of several sequences are gathered. The rows of each head lie together, as attention reads one head after
-the other, and memory gives less to reads that skip. Whoever plans the steps owns the rows. Knows no model.
+A sequence's rows lie in a few runs; what its queries see in each is merged by log-sum-exp, and only
+what several sequences see at their ends is gathered. The rows of each head lie together, as attention reads
+one head after the other, and memory gives less to reads that skip. Whoever plans the steps owns the rows.
+Knows no model.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ KNOWS_CAUSALITY: Final = ("cpu",)
 """Types of devices whose attention hides later tokens by itself."""
 GATHERED: Final = {"cpu": 2**22, "cuda": 2**28}
 """Bytes of keys and values that are brought together at once at most, as a layer copies them: more of them
-leave the caches of a CPU, and take longer than one look after the other. Unverified on CUDA, as FILLED is."""
+leave the caches of a CPU, and take longer than one look after the other; so do fewer where freed memory is
+not kept for the next layer. Unverified on CUDA, as FILLED is."""
 FILLED: Final = {"cpu": 64, "cuda": 2**12}
 """Keys more than its own that a row may be given to be gathered with others: a CPU soon takes longer to copy
 them than for one look more, while on CUDA every look costs what thousands of them do."""
@@ -78,7 +79,7 @@ class Looks(NamedTuple):
 
 
 class _Alone(NamedTuple):
-    """Consecutive rows, the last tokens of one sequence, that see this run only, to its end."""
+    """Consecutive rows, the last tokens of one sequence, that see this run to its end; nobody else does."""
 
     row: int
     rows: int

@@ -67,5 +67,5 @@ class Aside:
             slow = self._clock() - began > SLOW_S
             if slow and size < LARGE:
                 self._slow[model_id] = QUICK
-            elif not slow and (left := self._slow.pop(model_id, 0)) > 1:
+            elif size < LARGE and (left := self._slow.pop(model_id, 0)) > 1:
                 self._slow[model_id] = left - 1
