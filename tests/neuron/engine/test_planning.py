@@ -203,7 +203,7 @@ def test_what_is_left_of_a_turn_after_a_chunk_is_for_the_next_one(
 def test_a_prompt_that_came_before_a_long_one_is_ready_before_it(
     made: Scheduler, first: int, within: float
 ) -> None:
-    """Its rest is too dear to go along, and is shorter than the long one's: it sets out first all the same."""
+    """Its rest is too dear to go along, and is shorter than the long one's: it sets out first even so."""
     ask(made, 2, first)
     ask(made, 3, 1500)
     taken = seconds(step(made))
