@@ -95,7 +95,6 @@ class LayerRuns:
     """One layer of the cache, fp32 [2, kv_heads, rows, width]; with `near`, one that has a window."""
 
     def __init__(self, stored: Tensor, near: bool = False) -> None:
-        self._stored = stored
         self._near = near
         self._plainly = stored.device.type != "cpu"
         """Without the flash kernel for CPUs."""

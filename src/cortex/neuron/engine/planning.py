@@ -94,7 +94,8 @@ class Planner:
         """A step of the sequences that run, one at least, after these copies."""
         decoding = [sequence for sequence in running if sequence.in_decode]
         prompts = [sequence for sequence in running if not sequence.in_decode]
-        if self._spent is not None and decoding and not self._begin_together(decoding, prompts):
+        after_a_chunk = self._way is None and self._spent is not None
+        if after_a_chunk and decoding and not self._begin_together(decoding, prompts):
             self._go_on(prompts, len(decoding))
         way = self._way
         if way is not None:
@@ -195,11 +196,12 @@ class Planner:
         of a prompt that goes along with those who decode if nobody is on the way.
         """
         seconds = self._pace.spare(decoding)
-        for sequence in prompts if self._way is None else ():
+        for sequence in prompts:
             cost = self._cost_beside(sequence)
-            if cost is None or cost > HALF * seconds:
-                if cost is None or cost > seconds:
-                    self._set_out(sequence, seconds)
+            if cost is None or cost > seconds:
+                self._set_out(sequence, seconds)
+                return
+            if cost > HALF * seconds:
                 return
 
     def _set_out(self, sequence: Sequence, seconds: float) -> None:

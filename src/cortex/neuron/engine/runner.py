@@ -69,7 +69,7 @@ class Runner:
         self._pools = tuple(pool for pool in (states, windows) if pool is not None)
         self._has_states = shape.delta is not None
         self._near = None if windows is None else windows.sizes
-        self._row_bytes = 4 * 2 * placement.share.divide(shape.kv_heads) * shape.head_dim
+        self._row_bytes = shape.layer_kv_bytes // shape.kv_heads * placement.share.divide(shape.kv_heads)
         self._way: Pass | None = None
         """The chunk that goes through the model a few layers a step."""
         self.cache_bytes = cache.nbytes + sum(pool.nbytes for pool in self._pools)

@@ -233,12 +233,12 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kv_bytes_per_token(self) -> int:
         """fp32 keys and values of every layer that has any."""
-        return len(self.attention_layers) * self._layer_kv_bytes
+        return len(self.attention_layers) * self.layer_kv_bytes
 
     @property
     def near_bytes_per_token(self) -> int:
         """Of these, those of layers with a window."""
-        return len(self.sliding_layers) * self._layer_kv_bytes
+        return len(self.sliding_layers) * self.layer_kv_bytes
 
     @property
     def state_bytes(self) -> int:
@@ -250,7 +250,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         return 4 * len(self.delta_layers) * (memory + sizes.channels * (sizes.kernel - 1))
 
     @property
-    def _layer_kv_bytes(self) -> int:
+    def layer_kv_bytes(self) -> int:
+        """Of one token, in a layer that attends."""
         return 4 * 2 * self.kv_heads * self.head_dim
 
     @property

@@ -45,10 +45,8 @@ class Aside:
         """
         if size < LARGE and model_id not in self._slow:
             return self._timed(model_id, size, work)
-        loop, places = (
-            asyncio.get_running_loop(),
-            self._places.setdefault(model_id, asyncio.Semaphore(OF_ONE)),
-        )
+        loop = asyncio.get_running_loop()
+        places = self._places.setdefault(model_id, asyncio.Semaphore(OF_ONE))
         await places.acquire()
         begun = self._threads.submit(self._timed, model_id, size, work)
 
