@@ -117,7 +117,7 @@ def _options() -> argparse.Namespace:
         parser.add_argument(
             option, type=_some_of(names), default=names, metavar="NAMES", help=f"of {','.join(names)}"
         )
-    parser.add_argument("--rounds", type=int, metavar="N", help="of the speed measurements; 3 unless told")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of all that takes time; 3 unless told")
     parser.add_argument("--quick", action="store_true", help="a rough look: one round, shorter runs")
     parser.add_argument(
         "--no-prompt-lookup", action="store_true", help="ours without drafts, which peers do not make here"

@@ -42,7 +42,7 @@ class Found:
     memory: dict[str, int] = field(default_factory=dict)
     rounds: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {name: [] for name in MEASURES})
     agents: dict[str, Any] | None = None
-    interference: dict[str, Any] | None = None
+    interference: list[dict[str, Any]] = field(default_factory=list)
 
     def disturbed(self, cores: float) -> int:
         """Measurements during which other programs had more than so many cores."""
@@ -94,8 +94,7 @@ async def compare(
         if "speed" in parts:
             await _speed(model, subjects, found, prompts, extent.rounds)
         if model is SMALLEST:
-            for name in [name for name in subjects if name in OURS and not found[name].missing]:
-                await _manners(subjects[name], found[name], prompts, extent, parts)
+            await _manners(subjects, found, prompts, extent, parts)
     _say("")
     return found
 
@@ -134,26 +133,33 @@ def _orders(prompts: Prompts, scale: int) -> list[Order]:
 
 
 async def _manners(
-    subject: Subject, found: Found, prompts: Prompts, extent: Extent, parts: Sequence[str]
+    subjects: dict[str, Subject],
+    found: dict[str, Found],
+    prompts: Prompts,
+    extent: Extent,
+    parts: Sequence[str],
 ) -> None:
-    """What only our own engine is asked. A failure here leaves the other figures standing."""
-    if "agents" in parts:
-        _say(f"agents, {subject.name}")
+    """What only our own engine is asked. A failure here leaves the other figures standing. Of the agents'
+    figures, which are counts, one round says all.
+    """
+    ours = [name for name in subjects if name in OURS and not found[name].missing]
+    for name in ours if "agents" in parts else ():
+        _say(f"agents, {name}")
         turns = [prompts.cuts(extent.turns, 60) for _ in range(extent.agents)]
-        found.agents = await _or_error(
-            subject, "agents", system=prompts.cut(extent.system), turns=turns, reply=32
+        found[name].agents = await _or_error(
+            subjects[name], "agents", system=prompts.cut(extent.system), turns=turns, reply=32
         )
-    if "interference" in parts:
-        _say(f"interference, {subject.name}")
-        found.interference = await _or_error(
-            subject,
-            "interference",
-            batch=prompts.cuts(STREAMS, PROMPT),
-            tokens=REPLY,
-            alone=prompts.cut(extent.long),
-            beside=prompts.cut(extent.long),
-            decoding=prompts.cuts(LOADERS, PROMPT),
-        )
+    for number in range(extent.rounds if "interference" in parts else 0):
+        turn = {
+            "batch": prompts.cuts(STREAMS, PROMPT),
+            "tokens": REPLY,
+            "alone": prompts.cut(extent.long),
+            "beside": prompts.cut(extent.long),
+            "decoding": prompts.cuts(LOADERS, PROMPT),
+        }
+        for name in ours:
+            _say(f"round {number + 1} of {extent.rounds}, interference, {name}")
+            found[name].interference.append(await _or_error(subjects[name], "interference", **turn))
 
 
 async def _or_error(subject: Subject, order: str, **arguments: Any) -> dict[str, Any]:

@@ -122,16 +122,17 @@ def _agents(name: str, figures: Mapping[str, Any] | None) -> Target:
     return Target(text, f"{figures['value']:.2f}x", figures["value"] <= _AGAIN)
 
 
-def _interference(name: str, figures: Mapping[str, Any] | None) -> list[Target]:
+def _interference(name: str, rounds: Sequence[Mapping[str, Any]]) -> list[Target]:
     gap = f"{name}: worst gap beside a long prefill under {_GAP:g}x the usual"
     share = f"{name}: that prefill at {_SHARE:.0%} of its solo rate or more"
-    if not figures or "value" not in figures:
+    if not rounds or any("value" not in figures for figures in rounds):
         return [Target(gap, "-", None), Target(share, "-", None)]
     # A stream that ended before the prompt was read did not stand beside all of it.
-    whole = figures["ended_early"] == 0
+    whole = all(figures["ended_early"] == 0 for figures in rounds)
+    worst, rate = (statistics.median(figures[key] for figures in rounds) for key in ("value", "share"))
     return [
-        Target(gap, f"{figures['value']:.2f}x", whole and figures["value"] < _GAP),
-        Target(share, f"{figures['share']:.0%}", whole and figures["share"] >= _SHARE),
+        Target(gap, f"{worst:.2f}x", whole and worst < _GAP),
+        Target(share, f"{rate:.0%}", whole and rate >= _SHARE),
     ]
 
 
@@ -158,7 +159,7 @@ def ratio_tables(results: Results) -> str:
 def broken(results: Results, quality: Quality) -> bool:
     """True if something of ours that was to be measured could not be."""
     ours = [each for found in results.values() for name, each in found.items() if name in OURS]
-    told = [part for each in ours for part in (each.agents, each.interference) if part]
+    told = [part for each in ours for part in (each.agents, *each.interference) if part]
     told += [part for each in quality.values() for part in (each, *each.get("forms", {}).values())]
     return any(each.missing for each in ours) or any("error" in part for part in told)
 
@@ -268,17 +269,18 @@ def manners_table(results: Results) -> str:
                 f"{name}, agents: {told['prefilled']:,} prompt tokens computed, {told['new']:,} were new, "
                 f"{told['sent']:,} were sent"
             )
-        told = found.interference
-        if told and "value" in told:
-            lines.append(
-                f"{name}, interference: worst gap {told['worst_gap'] * 1e3:.0f} ms, median "
-                f"{told['median_gap'] * 1e3:.0f}, usual (median of 8 streams, no prefill) "
-                f"{told['usual_gap'] * 1e3:.0f}; prefill {told['rate']:.0f} tok/s, alone "
-                f"{told['solo_rate']:.0f}; {told['ended_early']} of the streams ended before it"
-            )
-        for told, part in ((found.agents, "agents"), (found.interference, "interference")):
-            if told and "error" in told:
-                lines.append(f"{name}, {part}: {told['error']}")
+        for number, told in enumerate(found.interference, 1):
+            if "value" in told:
+                lines.append(
+                    f"{name}, interference {number}: worst gap {told['worst_gap'] * 1e3:.0f} ms, median "
+                    f"{told['median_gap'] * 1e3:.0f}, usual of 8 streams {told['usual_gap'] * 1e3:.0f}: "
+                    f"{told['value']:.2f}x; prefill {told['rate']:.0f} tok/s, alone {told['solo_rate']:.0f}: "
+                    f"{told['share']:.0%}; {told['ended_early']} of the streams ended before it"
+                )
+            else:
+                lines.append(f"{name}, interference {number}: {told['error']}")
+        if found.agents and "error" in found.agents:
+            lines.append(f"{name}, agents: {found.agents['error']}")
     return "\n".join(lines)
 
 

@@ -35,8 +35,9 @@ DRAFTED: Final = 0.15
 are read once for a step, those of experts more often."""
 CHEAP, DEAR = 0.01, 4.0
 """A drafted token is not believed to cost less, or more."""
-SLICES: Final = 2
-"""Layers, at least, that a chunk should pass at a time: fewer make up for a slow pass of the others then."""
+ALMOST: Final = 0.7
+"""A layer is passed if this part of the time that it takes is left: what is believed of it is not exact,
+and one too few slows the prompt as much as one too many slows the others."""
 
 
 class Pace:
@@ -104,22 +105,24 @@ class Pace:
 
     def chunk(self, seconds: float, piece: int, context: int) -> int:
         """Tokens of the next chunk of a long prompt, of which `piece` may be computed at once after `context`
-        tokens, where prefill gets so many seconds in a step: as many as pass SLICES layers in that time, more
-        layers where that is more than a step takes. Chunks are alike: a few tokens that are left over would
-        cost as much as many.
+        tokens, where prefill gets so many seconds in a step: as many as pass one layer in that time, more
+        layers where that is more than a step takes. Large chunks are computed best. They are alike: a few
+        tokens that are left over would cost as much as many.
         """
         most = FIRST
         if self._apart is not None:
             heavy = self._apart * self.work(1, context + self.most // 2)
             tokens = seconds / heavy
-            slices = max(SLICES, math.ceil(tokens / self.most))
-            most = max(ROUND, _rounded(tokens / slices))
+            layers = max(1, math.ceil(tokens / self.most))
+            most = max(ROUND, ROUND * round(tokens / layers / ROUND))
         most = min(most, self.most)
         return min(piece, most, _rounded(piece / math.ceil(piece / most)))
 
     def passes(self, seconds: float, work: float) -> int:
         """How many layers so much work passes in about so many seconds; none if that is not known."""
-        return 0 if self._apart is None else max(0, round(seconds / (work * self._apart)))
+        if self._apart is None:
+            return 0
+        return max(0, math.floor(seconds / (work * self._apart) + 1 - ALMOST))
 
     def made(self, decoding: int, beside: float, seconds: float, *, alone: bool = True) -> None:
         """A pass took `seconds` in which so many decoded, with so much work beside them. `alone`: there are
