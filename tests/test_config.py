@@ -65,6 +65,29 @@ def test_a_gateway_takes_bodies(write):
         load_gateway(write("[gateway]\nbody_limit_mb = 0"), {})
 
 
+@pytest.mark.parametrize("secret", ["clé", "🦄", "two\\nlines", " a space before", "tab\\there"])
+@pytest.mark.parametrize(
+    ("load", "text", "key"),
+    [
+        (load_neuron, 'node_token = "{}"', "node_token"),
+        (load_gateway, '[[keys]]\nname = "alice"\nkey = "{}"', "keys.alice.key"),
+        (
+            load_gateway,
+            '[[neurons]]\nname = "b"\nendpoint = "http://b"\nnode_token = "{}"',
+            "neurons.b.node_token",
+        ),
+    ],
+)
+def test_what_no_header_can_carry_is_refused_and_not_shown(write, load, text, key, secret):
+    path = write("")
+    path.write_bytes(text.format(secret).encode())
+    with pytest.raises(ConfigError, match=re.escape(key)) as refused:
+        load(path, {})
+    assert secret not in str(refused.value)
+    path.write_bytes(text.format("a long random text, 100% of it!").encode())
+    load(path, {})
+
+
 def test_without_a_file_there_are_defaults():
     assert load_gateway(None, {}) == GatewayConfig()
     assert load_neuron(None, {}) == NeuronConfig()

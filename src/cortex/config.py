@@ -181,6 +181,9 @@ def load_gateway(path: Path | None, environ: Mapping[str, str] = os.environ) -> 
                 f"{path}: neurons.{node.name}.endpoint: expected a URL such as http://beast:13131, "
                 f"got {node.endpoint!r}."
             )
+        _refuse_unsendable(path, f"neurons.{node.name}.node_token", node.node_token)
+    for key in config.keys:
+        _refuse_unsendable(path, f"keys.{key.name}.key", key.key)
     return config
 
 
@@ -188,7 +191,17 @@ def load_neuron(path: Path | None, environ: Mapping[str, str] = os.environ) -> N
     """`neuron.toml`, or the defaults without a path; `NEURON_SECTION__KEY` wins. Raises ConfigError."""
     config = _load(NeuronConfig, path, "NEURON_", environ)
     _refuse_twice(path, "default_models: the model_id", [model.model_id for model in config.default_models])
+    _refuse_unsendable(path, "node_token", config.node_token)
     return config
+
+
+def _refuse_unsendable(path: Path | None, what: str, secret: str | None) -> None:
+    """For what clients send in a header, which knows no more. The error does not show the secret."""
+    if secret is not None and not (secret.isascii() and secret.isprintable() and secret == secret.strip()):
+        raise ConfigError(
+            f"{path or 'environment'}: {what}: it is sent in a header: write ASCII letters, digits and signs,"
+            " without a space at either end."
+        )
 
 
 def _refuse_twice(path: Path | None, what: str, names: list[str]) -> None:

@@ -207,6 +207,35 @@ async def test_a_node_that_dies_mid_stream_ends_it_with_an_error(world):
     assert ended(world)[0].outcome == "failed"
 
 
+TOLD = sse.encode(b'{"choices":[{"index":0,"delta":{"content":"lost?"}}]}')
+FAILED = sse.encode(b'{"error":{"message":"no more","code":"engine_ended"}}')
+
+
+async def test_what_came_in_one_piece_with_an_error_reaches_the_client_before_it(world):
+    node = world.nodes["a"]
+    node.gate = asyncio.Semaphore(1)
+    async with world.client.open("POST", CHAT, json=world.chat(stream=True)) as exchange:
+        assert texts(await exchange.chunk()) == ["Hel"]
+        node.garbage = TOLD + FAILED
+        node.gate.release()
+        rest = (await exchange.reply()).body
+    assert texts(rest) == ["lost?"]
+    error = msgspec.json.decode(sse.Decoder().feed(rest)[-1].data)["error"]
+    assert (error["code"], error["message"]) == ("engine_ended", "Node a failed: no more")
+    [event] = ended(world)
+    assert (event.outcome, event.completion_tokens) == ("failed", 2)
+
+
+async def test_an_error_in_the_first_piece_of_a_stream_leaves_the_request_to_another_node(make_world):
+    world = await make_world({"a": FakeNode(), "b": FakeNode()})
+    world.nodes["a"].garbage = TOLD + FAILED
+    reply = await world.client.post(CHAT, json=world.chat(stream=True))
+    assert [len(node.bodies) for node in world.nodes.values()] == [1, 1]
+    assert texts(reply.body) == ["Hel", "lo"]
+    [event] = ended(world)
+    assert (event.outcome, event.completion_tokens) == ("ok", 2)
+
+
 @pytest.mark.parametrize("where", ["node", "gateway"])
 async def test_a_stream_that_is_cut_because_one_stops_ends_with_an_error(world, where):
     node = world.nodes["a"]

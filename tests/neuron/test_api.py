@@ -176,6 +176,7 @@ async def test_conflicts_of_unloading_have_their_codes(node: Any) -> None:
         ("/models/load", b'{"model_id": "m", "memory_mb": 0}', "memory_mb", "at least 1"),
         ("/models/load", b'{"model_id": "m", "tensor_parallel": 0}', "tensor_parallel", "at least 1"),
         ("/models/load", b'{"model_id": "m", "hold_s": -1}', "hold_s", "seconds"),
+        ("/models/load", b'{"model_id": "m", "hold_s": 1e300}', "hold_s", "86400 at most"),
         ("/models/load", b'{"model_id": "m", "devices": ["GPU-7"]}', "devices", "no device 'GPU-7'"),
         ("/models/load", b'{"model_id": "m", "harness": "candle"}', "harness", "no engine 'candle'"),
         ("/models/load", b'{"model_id": "m", "quant": ""}', "quant", "leave it out"),

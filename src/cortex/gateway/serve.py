@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from typing import Final
 
@@ -24,7 +24,7 @@ from cortex.hookspecs import Call, Dialect, Encoder, Incoming, Operation
 from cortex.web.asgi import EventStream, Request, Response
 from cortex.web.client import Reply
 from cortex.wire import sse
-from cortex.wire.chat import edit_top_level, peek
+from cortex.wire.chat import Peek, edit_top_level, peek
 from cortex.wire.errors import (
     Busy,
     CortexError,
@@ -221,23 +221,28 @@ class Relay:
                 refusal = error
 
     async def _events_of(self, node: Node, body: bytes, encoder: Encoder) -> AsyncGenerator[bytes, None]:
-        """One node's stream: every socket read becomes one piece of whole events for the client."""
+        """One node's stream: every socket read becomes one piece of whole events for the client. An error in
+        the first one is raised without those before it, since another node can still be tried.
+        """
         decoder = sse.Decoder()
-        ended = False
+        begun = ended = False
         with self._serving.fleet.lease(node, self._call.served_model):
             reply = await self._serving.ask(node, body, self._request)
             async with reply, aclosing(reply.chunks()) as chunks:
                 async for chunk in chunks:
+                    events, failure = _until_error(node, decoder.feed(chunk))
+                    if failure is not None and not begun:
+                        raise failure
                     out = []
-                    for event in decoder.feed(chunk):
-                        seen = peek(event.data)
-                        if seen.error is not None:
-                            raise _failure(node, event.data)
+                    for event, seen in events:
                         ended = ended or event.data == b"[DONE]"
                         self._account.saw(seen)
                         out.append(encoder.feed(event, seen))
                     if data := b"".join(out):
+                        begun = True
                         yield data
+                    if failure is not None:
+                        raise failure
         if not ended:
             raise NodeLost(f"Node {node.name} ended the stream before its end.")
         if data := encoder.finish():
@@ -269,6 +274,19 @@ class Relay:
         if seen.error is not None or not answer.lstrip().startswith(b"{"):
             raise NodeLost(f"Node {node.name} answered with something else than a completion.")
         self._account.saw_usage(seen)
+
+
+def _until_error(
+    node: Node, events: Iterable[sse.Event]
+) -> tuple[list[tuple[sse.Event, Peek]], CortexError | None]:
+    """The events before the first that tells of an error, what they hold, and that error."""
+    before: list[tuple[sse.Event, Peek]] = []
+    for event in events:
+        seen = peek(event.data)
+        if seen.error is not None:
+            return before, _failure(node, event.data)
+        before.append((event, seen))
+    return before, None
 
 
 def _failure(node: Node, data: bytes) -> CortexError:

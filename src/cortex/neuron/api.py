@@ -45,6 +45,7 @@ from cortex.wire.node import (
 )
 
 W = TypeVar("W", bound=Wire)
+MOST_HOLD_S: Final = 86_400
 
 
 class NodeApi:
@@ -175,8 +176,8 @@ class NodeApi:
         for name in ("harness", "quant", "dtype", "source"):
             if getattr(order, name) == "":
                 raise BadRequest(f"{name} is empty: leave it out where there is nothing to say.", param=name)
-        if order.hold_s is not None and not 0 <= order.hold_s < float("inf"):
-            raise BadRequest("hold_s must be a number of seconds.", param="hold_s")
+        if order.hold_s is not None and not 0 <= order.hold_s <= MOST_HOLD_S:
+            raise BadRequest(f"hold_s must be a number of seconds, {MOST_HOLD_S} at most.", param="hold_s")
         if "text/event-stream" in request.headers.get("accept", ""):
             return EventStream(self._load_events(order), fail=_load_failed, keep_alive=_keep_alive)
         return json_response(LoadReply(status="loaded", model=await self._residents.ensure(order)))
