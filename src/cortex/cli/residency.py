@@ -37,7 +37,7 @@ async def load_with_progress(orders: Orders, node: str, request: LoadRequest) ->
 @click.option("--dtype", help="How weights are held, such as packed16 or float32.")
 @click.option("--quant", help="int8 or int4, or which GGUF file of a repository, such as q4_k_m.")
 @click.option("--tensor-parallel", type=click.IntRange(1), help="Ranks that hold it together, 1 by default.")
-@click.option("--hold-s", type=click.FloatRange(0, 86_400), help="Seconds for which it may not be unloaded again.")
+@click.option("--hold-s", type=click.FloatRange(0, 86_400), help="Seconds for which nobody may unload it.")
 @address_options
 @json_option
 def load(
