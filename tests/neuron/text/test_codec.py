@@ -59,11 +59,21 @@ def test_html_that_ends_texts_elsewhere_stays_text(gguf_metadata: Metadata) -> N
     assert codec.detokenizer().feed([len(tokens)]) == "</s>"
 
 
+@pytest.mark.parametrize("role", ["bos", "eos", "eot", "padding", "unknown"])
+@pytest.mark.parametrize("id", [10**6, -1, 2**32 - 1])
+def test_a_special_id_outside_the_vocabulary_is_none_and_told_of(
+    role: str, id: int, gguf_metadata: Metadata, caplog: pytest.LogCaptureFixture
+) -> None:
+    codec = codec_from_gguf(gguf_metadata(**{f"{role}_token_id": id}))
+    assert id not in codec.stop_ids
+    assert codec.encode("ab")
+    assert f"tokenizer.ggml.{role}_token_id is {id}" in caplog.text
+
+
 @pytest.mark.parametrize("role", ["bos", "eos", "eot", "padding"])
-@pytest.mark.parametrize("id", [10**6, -1, "7"])
-def test_a_special_id_outside_the_vocabulary_is_refused(role: str, id: Any, gguf_metadata: Metadata) -> None:
-    with pytest.raises(LoadFailed, match=f"tokenizer.ggml.{role}_token_id"):
-        codec_from_gguf(gguf_metadata(**{f"{role}_token_id": id}))
+def test_a_special_id_that_is_no_number_is_refused(role: str, gguf_metadata: Metadata) -> None:
+    with pytest.raises(LoadFailed, match=f"tokenizer.ggml.{role}_token_id is '7'"):
+        codec_from_gguf(gguf_metadata(**{f"{role}_token_id": "7"}))
 
 
 @pytest.mark.parametrize(

@@ -142,13 +142,20 @@ def test_no_bos_where_the_file_says_so() -> None:
         ({"scores": None}, "scores are not one for each"),
         ({"scores": [0.0]}, "scores are not one for each"),
         ({"scores": ["a"] * (5 + 256 + len(PIECES))}, "scores are not one for each"),
-        ({"unknown_token_id": 9999}, "unknown_token_id is 9999"),
+        ({"unknown_token_id": "x"}, "unknown_token_id is 'x'"),
+        ({"tokens": [], "scores": [], "token_type": []}, "no token"),
         ({"tokens": None}, "tokenizer.ggml.tokens"),
     ],
 )
 def test_a_vocabulary_that_cannot_be_used_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(LoadFailed, match=said):
         tokenizer_from_gguf(metadata_of(**changes))
+
+
+def test_an_unknown_token_outside_the_vocabulary_is_the_first_one() -> None:
+    text = "a\U0001f984b"
+    usual = tokenizer_from_gguf(metadata_of()).encode(text).ids
+    assert tokenizer_from_gguf(metadata_of(unknown_token_id=2**32 - 1)).encode(text).ids == usual
 
 
 @pytest.mark.real_model

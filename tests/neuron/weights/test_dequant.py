@@ -42,3 +42,15 @@ def test_numbers_at_odd_addresses_are_read(dtype: str) -> None:
     assert torch.equal(
         dequantize(raw[1:].view(2, 4 * size), dtype), dequantize(raw[1:].clone().view(2, 4 * size), dtype)
     )
+
+
+@pytest.mark.parametrize("dtype", READABLE)
+def test_a_block_that_is_read_alone_is_what_it_is_among_others(dtype: str) -> None:
+    """Wherever it begins: a load's last piece may be one block."""
+    per_block, block_bytes = BLOCKS[dtype]
+    raw = torch.from_numpy(numpy.random.default_rng(3).integers(0, 60, (9, block_bytes), dtype=numpy.uint8))
+    together = dequantize(raw, dtype)
+    for row in range(9):
+        alone = dequantize(raw[row : row + 1], dtype)
+        assert alone.shape == (1, per_block)
+        assert torch.equal(alone.view(torch.int32), together[row : row + 1].view(torch.int32))

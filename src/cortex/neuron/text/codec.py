@@ -18,7 +18,7 @@ from cortex.neuron.text.added import Declared
 from cortex.neuron.text.detokenize import IncrementalDetokenizer, TokenBytes
 from cortex.neuron.text.template import DEFAULT, ChatTemplate
 from cortex.neuron.text.tokenizer import adds_bos, special_tokens, tokenizer_from_file, tokenizer_from_gguf
-from cortex.neuron.text.vocabulary import END_TOKENS, vocabulary
+from cortex.neuron.text.vocabulary import END_TOKENS, special_id, vocabulary
 from cortex.wire.errors import BadRequest, LoadFailed
 
 NAMED_TEMPLATES: Final = "additional_chat_templates"
@@ -94,11 +94,7 @@ def codec_from_gguf(metadata: Mapping[str, Any], *, now: Callable[[], datetime] 
     tokens, _ = vocabulary(metadata)
 
     def declared(role: str) -> int | None:
-        key = f"tokenizer.ggml.{role}_token_id"
-        id = metadata.get(key)
-        if id is not None and not (isinstance(id, int) and 0 <= id < len(tokens)):
-            raise LoadFailed(f"{key} is {id!r}, which is no id of the {len(tokens)} tokens in the file.")
-        return id
+        return special_id(metadata, role, len(tokens))
 
     texts = {name: tokens[id] for name, role in _ROLES.items() if (id := declared(role)) is not None}
     ends = {id for role in ("eos", "eot", "eom") if (id := declared(role)) is not None}

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-from cortex.neuron.text.vocabulary import TokenType, add_whole, of_type, vocabulary
+from cortex.neuron.text.vocabulary import TokenType, add_whole, of_type, special_id, vocabulary
 from cortex.wire.errors import LoadFailed
 
 MODEL: Final = "llama"
@@ -34,9 +34,7 @@ def sentencepiece_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             "The file's tokenizer is incomplete: tokenizer.ggml.scores are not one for each of "
             f"{len(tokens)} tokens."
         )
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    if not isinstance(unknown, int) or not 0 <= unknown < len(tokens):
-        raise LoadFailed(f"tokenizer.ggml.unknown_token_id is {unknown!r}, which is no id of the vocabulary.")
+    unknown = special_id(metadata, "unknown", len(tokens)) or 0
     unused = set(of_type(types, TokenType.UNUSED))
     vocab = {token: id for id, token in enumerate(tokens) if id not in unused}
     try:

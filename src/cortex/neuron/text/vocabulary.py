@@ -5,6 +5,7 @@ Knows no model of merging and no text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, Final
@@ -12,6 +13,8 @@ from typing import Any, Final
 from tokenizers import AddedToken, Tokenizer
 
 from cortex.wire.errors import LoadFailed
+
+_log: Final = logging.getLogger("cortex.neuron.text")
 
 END_TOKENS: Final = frozenset(
     {
@@ -53,6 +56,8 @@ def vocabulary(metadata: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[int
     and their models would talk on behind their own end.
     """
     tokens = strings(metadata, "tokenizer.ggml.tokens")
+    if not tokens:
+        raise LoadFailed("The file's tokenizer is incomplete: tokenizer.ggml.tokens holds no token.")
     types = metadata.get("tokenizer.ggml.token_type")
     if types is None:
         types = [int(TokenType.NORMAL)] * len(tokens)
@@ -75,6 +80,23 @@ def strings(metadata: Mapping[str, Any], key: str) -> Sequence[str]:
         raise LoadFailed(f"The file's tokenizer is incomplete: {key} is {state}.")
     found: Sequence[str] = value
     return found
+
+
+def special_id(metadata: Mapping[str, Any], role: str, count: int) -> int | None:
+    """The declared id of a special token among `count` tokens, if there is one. As in llama.cpp, one outside
+    of them is none: converters write such for a token that a model does not have. Raises LoadFailed for what
+    is no number.
+    """
+    key = f"tokenizer.ggml.{role}_token_id"
+    id = metadata.get(key)
+    if id is None:
+        return None
+    if type(id) is not int:
+        raise LoadFailed(f"{key} is {id!r}, which is no id of a token.")
+    if 0 <= id < count:
+        return id
+    _log.warning("%s is %d, which is no id of the %d tokens in the file: it has none", key, id, count)
+    return None
 
 
 def of_type(types: Sequence[int], wanted: TokenType) -> Iterator[int]:

@@ -77,9 +77,14 @@ _ONES: Final = 0x0101010101010101
 worked on fast byte by byte. What a shift brings over from the neighbour is masked out."""
 
 
+def _eights(packed: Tensor) -> Tensor:
+    """int64 [blocks, bytes / 8]. Copied, as a block that is alone need not lie where such numbers may."""
+    return packed.clone(memory_format=torch.contiguous_format).view(torch.int64)
+
+
 def _nibbles(packed: Tensor, group: int) -> Tensor:
     """Low then high halves of each run of `group` bytes: uint8 [blocks, runs, 2, group]."""
-    runs = packed.contiguous().view(torch.int64).view(packed.shape[0], -1, group // 8)
+    runs = _eights(packed).view(packed.shape[0], -1, group // 8)
     return torch.stack((runs & 15 * _ONES, (runs >> 4) & 15 * _ONES), dim=2).view(torch.uint8)
 
 
@@ -94,8 +99,7 @@ _SHIFTS: Final = torch.arange(8).view(8, 1)
 
 def _bits(packed: Tensor) -> Tensor:
     """The lowest bits of all bytes, then the next ones: uint8 [blocks, 8, bytes]."""
-    eights = packed.contiguous().view(torch.int64).unsqueeze(1)
-    return ((eights >> _SHIFTS) & _ONES).view(torch.uint8)
+    return ((_eights(packed).unsqueeze(1) >> _SHIFTS) & _ONES).view(torch.uint8)
 
 
 _FIFTHS: Final = (
