@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cortex.neuron.hub_files import Repository
-from cortex.neuron.references import References, Wheels, parse_wheels
-from cortex.wire.errors import BadRequest, CortexError, Forbidden, UnknownModel
+from cortex.neuron.references import KINDS, References, Wheels, parse_wheels
+from cortex.wire.errors import BadRequest, CortexError, Forbidden, LoadFailed, UnknownModel
 from cortex.wire.node import Progress
 
 
@@ -93,6 +94,19 @@ async def test_what_is_not_there_is_told_with_what_is(
 ) -> None:
     with pytest.raises(error, match=words):
         await References(models_dir, FakeFetcher()).locate(reference, ignore)
+
+
+@pytest.mark.parametrize("reference", ["org/dense", "dense"])
+async def test_a_path_that_may_not_be_read_is_named(
+    models_dir: Path, reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exists(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", exists)
+    references = References(models_dir, FakeFetcher(), KINDS, FakeHub())
+    with pytest.raises(LoadFailed, match=f"{models_dir / reference} cannot be read: Permission denied"):
+        await references.locate(reference, ignore)
 
 
 class FakeHub:

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 import msgspec
 
 from cortex.neuron.hub_files import SPLIT, Repository, parse_repository
-from cortex.wire.errors import BadRequest, Forbidden, UnknownModel
+from cortex.wire.errors import BadRequest, Forbidden, LoadFailed, UnknownModel
 from cortex.wire.node import Progress
 
 Report = Callable[[Progress], None]
@@ -86,16 +86,18 @@ class References:
         files of a repository.
 
         Raises BadRequest for a reference that cannot be read, Forbidden for a kind that this node does
-        not allow, UnknownModel where nothing is found, LoadFailed if fetching fails.
+        not allow, UnknownModel where nothing is found, LoadFailed if fetching fails or a path cannot
+        be read.
         """
         if "\0" in reference:
             raise BadRequest(f"{_shown(reference)} holds a null character.", param="source")
         try:
             return await self._locate(reference, report, quant)
         except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise
-            raise BadRequest(f"{_shown(reference)} is too long for a path.", param="source") from None
+            if error.errno == errno.ENAMETOOLONG:
+                raise BadRequest(f"{_shown(reference)} is too long for a path.", param="source") from None
+            where = error.filename or _shown(reference)
+            raise LoadFailed(f"{where} cannot be read: {error.strerror or error}.") from error
 
     async def _locate(self, reference: str, report: Report, quant: str | None) -> Path:
         scheme, colon, rest = reference.partition(":")

@@ -36,6 +36,11 @@ CASES = {
     "qwen3_moe-normalised": Case(
         "qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1], "tie_word_embeddings": True}, 1e-3
     ),
+    "qwen3_moe-window": Case(
+        "qwen3_moe",
+        {"use_sliding_window": True, "sliding_window": 20, "layer_types": ["full_attention"] * 3},
+        1e-3,
+    ),
     "qwen3_moe-sparse": Case("qwen3_moe", {"decoder_sparse_step": 2, "num_experts_per_tok": 6}, 1e-3),
     "qwen3_next": Case("qwen3_next", {}, 1e-3),
     "qwen3_next-biases": Case(

@@ -162,9 +162,13 @@ def _window(fields: Fields, family: str) -> int | None:
     return fields.size("sliding_window")
 
 
+_ALIKE: Final = ("mistral", "qwen3_moe")
+"""Families whose layers all have the window if there is one: transformers does not read their layer_types."""
+
+
 def _kinds(fields: Fields, family: str, layers: int, window: int | None) -> tuple[Kind, ...]:
     """Empty where all layers attend to everything."""
-    named = fields.get("layer_types")
+    named = None if family in _ALIKE else fields.get("layer_types")
     kinds: list[Kind] = []
     if named is not None:
         if not isinstance(named, list) or len(named) != layers:
