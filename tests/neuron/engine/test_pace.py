@@ -89,6 +89,20 @@ def test_what_is_left_beside_decode_goes_by_what_a_full_batch_takes() -> None:
     assert pace.left(8, DECODE * 10) == pytest.approx(LEAST * DECODE), "but never nothing"
 
 
+@pytest.mark.parametrize("slow", [2, 10])
+def test_a_slow_first_step_of_a_full_batch_is_forgotten_with_the_next(slow: float) -> None:
+    """It is the likeliest one to be slow, and all turns beside fewer go by what a full batch takes."""
+    pace = Pace(512, LAYERS, EVEN)
+    rest(pace, 8, slow * DECODE)
+    rest(pace, 4, HALF_BATCH)
+    assert pace.left(4, HALF_BATCH) == pytest.approx(STRETCH * slow * DECODE - HALF_BATCH)
+    rest(pace, 8, DECODE)
+    assert pace.left(4, HALF_BATCH) == pytest.approx(STRETCH * DECODE - HALF_BATCH)
+    for _ in range(100):
+        rest(pace, 8, 2 * DECODE)
+    assert pace.left(8, DECODE) == pytest.approx(STRETCH * 2 * DECODE - DECODE, rel=0.01), "if it stays slow"
+
+
 def test_those_who_have_become_slow_do_not_stop_prefill() -> None:
     """Their contexts have grown since they decoded alone."""
     pace = learned()

@@ -21,6 +21,9 @@ MEMORY_OF_DECODE: Final = 0.1
 JUMP_OF_DECODE: Final = 1.25
 """The same of decode, whose steps are many: what they usually take is close to their median then, and those
 that somebody else disturbed make it no longer."""
+UNPROVEN: Final = 4
+"""So many steps of a number that decode, the first ones, count as their quickest: the very first may have
+waited for kernels and memory, and it would be believed as long as fewer decode."""
 FIRST: Final = 128
 """Tokens of a chunk of a long prompt, as long as nothing is known of what they cost."""
 DOUBT: Final = 0.95
@@ -57,6 +60,8 @@ class Pace:
         self._even = even
         self._alone: dict[int, float] = {}
         """Seconds of a step that only decodes, by the number of its sequences."""
+        self._steps: dict[int, int] = {}
+        """Of how many steps that is known, up to UNPROVEN."""
         self._decode: dict[int, float] = {}
         """The same, also where a chunk passes some layers between their passes and leaves caches cold."""
         self._beside: float | None = None
@@ -133,9 +138,17 @@ class Pace:
         elif not beside:
             _decoded(self._decode, decoding, seconds)
             if alone:
-                _decoded(self._alone, decoding, seconds)
+                self._decoded_alone(decoding, seconds)
         elif decoding in self._decode:
             self._beside = _moved(self.beside(1.0), seconds - self._decode[decoding], beside)
+
+    def _decoded_alone(self, decoding: int, seconds: float) -> None:
+        steps = self._steps.get(decoding, 0)
+        if steps < UNPROVEN:
+            self._steps[decoding] = steps + 1
+            self._alone[decoding] = min(seconds, self._alone.get(decoding, seconds))
+        else:
+            _decoded(self._alone, decoding, seconds)
 
     def draft_price(self, decoding: int) -> float:
         """Of each drafted token in a pass of so many that decode: how many tokens these could have had in the
