@@ -349,6 +349,38 @@ def test_short_prompts_pass_a_long_one_that_goes_on_all_the_same(made: Scheduler
     until(made, is_through)
 
 
+def test_a_short_prompt_that_does_not_go_along_waits_for_one_chunk_of_a_long_one_and_not_for_all(
+    made: Scheduler,
+) -> None:
+    """And the long one goes on between many short ones."""
+    ask(made, 2, 1500)
+    until(made, lambda scheduled: scheduled.plan.chunk)
+    for key in (3, 4):
+        ask(made, key, 100)
+    through: list[int] = []
+
+    def note(scheduled: Scheduled) -> bool:
+        if scheduled.plan.layers and scheduled.prefill:
+            through.append(keys(scheduled)[0])
+        return through.count(2) > 6
+
+    until(made, note, 2000)
+    third, fourth = through.index(3), through.index(4)
+    assert third <= 2, "the chunk that is on its way, and no other"
+    assert 2 in through[third:fourth], "the long one has every second chunk"
+    assert fourth < len(through) - 2
+
+
+@pytest.mark.parametrize("cost", [0.0, 1e-9])
+def test_prompts_that_cost_nothing_fill_no_more_than_a_step(made: Scheduler, cost: float) -> None:
+    for _ in range(40):
+        made._planner._pace.made(1, 100.0, DECODE + 100 * cost)
+    for key in (2, 3, 4):
+        ask(made, key, 300)
+    scheduled = plan(made)
+    assert 300 <= scheduled.prefill <= 512
+
+
 def test_once_nobody_decodes_the_chunk_passes_what_is_left_of_the_layers(made: Scheduler) -> None:
     ask(made, 2, 1500)
     step(made)

@@ -77,6 +77,8 @@ class Planner:
         """The last step of the others: how many decoded, and what it took in seconds."""
         self._spent: float | None = None
         """Seconds that a chunk has taken since then, if it has had its turn."""
+        self._was_short = False
+        """Whether the last prompt that set out on a way of its own was a short one."""
 
     def drop(self, sequence: Sequence) -> bool:
         """No later step has a part for the sequence. Whether a chunk of it was on its way: of its states,
@@ -196,7 +198,7 @@ class Planner:
         of a prompt that goes along with those who decode if nobody is on the way.
         """
         seconds = self._pace.spare(decoding)
-        for sequence in prompts:
+        for sequence in self._in_turn(prompts):
             cost = self._cost_beside(sequence)
             if cost is None or cost > seconds:
                 self._set_out(sequence, seconds)
@@ -204,8 +206,17 @@ class Planner:
             if cost > HALF * seconds:
                 return
 
+    def _in_turn(self, prompts: list[Sequence]) -> list[Sequence]:
+        """Short ones first, as they would wait for all of a long one that came before them; but every second
+        chunk goes to who came first, so that many short ones do not stop it.
+        """
+        if self._was_short:
+            return prompts
+        return sorted(prompts, key=lambda prompt: not self.is_short(prompt.piece))
+
     def _set_out(self, sequence: Sequence, seconds: float) -> None:
         """A chunk of its prompt, for which there are so many seconds in each turn."""
+        self._was_short = self.is_short(sequence.piece)
         length = self._pace.chunk(seconds, sequence.piece, sequence.cached)
         self._way = _Way(sequence, length, self._pace.work(length, sequence.cached))
 
@@ -254,10 +265,12 @@ class Planner:
         """
         seconds = self._pace.spare(decoding)
         left = seconds if self._way is None else HALF * seconds
-        for sequence in prompts:
+        room = self._pace.most
+        for sequence in self._in_turn(prompts):
             cost = self._cost_beside(sequence)
-            if cost is not None and cost <= left:
+            if cost is not None and cost <= left and sequence.piece <= room:
                 left -= cost
+                room -= sequence.piece
                 making.add(sequence, sequence.piece)
             elif self._way is None:
                 if len(making.segments) == decoding:
