@@ -480,6 +480,7 @@ def test_random_traffic_with_states_resumes_from_what_they_have_seen(
         stride=stride,
     )
     assert world.finished > 150
-    assert min(30 * world.preempted, world.hits) > 40
+    assert world.preempted
+    assert world.hits > 40
     assert world.resumed > 20
     assert min(world.layered, world.given_up) > 10

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cortex.neuron.engine.pace import FEW, FIRST, JUMP, LEAST, ROUND, STRETCH, Pace
+from cortex.neuron.engine.pace import FEW, FIRST, JUMP, LEAST, ROUND, STRETCH, UNPROVEN, Pace
 
 LAYERS, EVEN = 30, 3000
 DECODE = 0.030
@@ -101,6 +101,14 @@ def test_a_slow_first_step_of_a_full_batch_is_forgotten_with_the_next(slow: floa
     for _ in range(100):
         rest(pace, 8, 2 * DECODE)
     assert pace.left(8, DECODE) == pytest.approx(STRETCH * 2 * DECODE - DECODE, rel=0.01), "if it stays slow"
+
+
+def test_one_slow_step_of_a_full_batch_is_not_what_turns_go_by() -> None:
+    pace = Pace(512, LAYERS, EVEN)
+    rest(pace, 8, 10 * DECODE)
+    for _ in range(UNPROVEN):
+        rest(pace, 4, HALF_BATCH)
+    assert pace.left(4, HALF_BATCH) == pytest.approx((STRETCH - 1) * HALF_BATCH)
 
 
 def test_those_who_have_become_slow_do_not_stop_prefill() -> None:

@@ -91,7 +91,13 @@ class Pace:
         """The same where that pass, and what was beside them in it, has taken `seconds`."""
         if not self._alone:
             return 0.0
-        return max(LEAST * self._usual(decoding), STRETCH * self._alone[max(self._alone)] - seconds)
+        return max(LEAST * self._usual(decoding), STRETCH * self._alone[self._full()] - seconds)
+
+    def _full(self) -> int:
+        """How many decode in a full batch: the most of which some steps were seen, so that one slow step of
+        more is not what all turns go by.
+        """
+        return max([number for number, steps in self._steps.items() if steps >= UNPROVEN] or self._alone)
 
     def _usual(self, decoding: int) -> float:
         return self._decode.get(decoding, max(self._decode.values()))
