@@ -11,7 +11,7 @@ from cortex.cli.failure import Failure
 from cortex.cli.progress import progress_view
 from cortex.cli.tables import json_option, memory, write_json
 from cortex.cli.view import Orders
-from cortex.wire.node import LoadRequest, ModelReport, UnloadRequest
+from cortex.wire.node import MOST_HOLD_S, LoadRequest, ModelReport, UnloadRequest
 
 
 async def load_with_progress(orders: Orders, node: str, request: LoadRequest) -> ModelReport:
@@ -37,7 +37,9 @@ async def load_with_progress(orders: Orders, node: str, request: LoadRequest) ->
 @click.option("--dtype", help="How weights are held, such as packed16 or float32.")
 @click.option("--quant", help="int8 or int4, or which GGUF file of a repository, such as q4_k_m.")
 @click.option("--tensor-parallel", type=click.IntRange(1), help="Ranks that hold it together, 1 by default.")
-@click.option("--hold-s", type=click.FloatRange(0, 86_400), help="Seconds for which nobody may unload it.")
+@click.option(
+    "--hold-s", type=click.FloatRange(0, MOST_HOLD_S), help="Seconds for which nobody may unload it."
+)
 @address_options
 @json_option
 def load(

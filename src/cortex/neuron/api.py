@@ -29,6 +29,7 @@ from cortex.wire import sse
 from cortex.wire.chat import unreadable
 from cortex.wire.errors import BadRequest, CortexError, UnknownModel, to_object
 from cortex.wire.node import (
+    MOST_HOLD_S,
     Device,
     DeviceHealth,
     Discovery,
@@ -45,7 +46,6 @@ from cortex.wire.node import (
 )
 
 W = TypeVar("W", bound=Wire)
-MOST_HOLD_S: Final = 86_400
 
 
 class NodeApi:

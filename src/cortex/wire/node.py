@@ -18,6 +18,9 @@ CALLER_HEADER: Final = "x-cortex-caller"
 QUANT_FORMS: Final = ("int8", "int4")
 """Those values of `quant` that say how weights are held, as `dtype` does; the others choose among files."""
 
+MOST_HOLD_S: Final = 86_400
+"""The longest `hold_s` of a load: a day."""
+
 Status = Literal["loading", "loaded", "draining", "failed", "unloaded"]
 
 

@@ -461,7 +461,7 @@ def test_random_traffic_over_caches_of_other_shapes(size: int, caching: bool, sp
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "kept", "spare", "stride"),
-    [(4, 6, 20, None), (4, 40, 60, 24), (2, 3, 0, None), (16, 12, 8, 7), (4, 0, 20, 16)],
+    [(4, 6, 20, None), (4, 40, 44, 24), (2, 3, 0, None), (16, 12, 8, 7), (4, 0, 20, 16)],
 )
 def test_random_traffic_with_states_resumes_from_what_they_have_seen(
     size: int, kept: int, spare: int, stride: int | None
@@ -480,7 +480,6 @@ def test_random_traffic_with_states_resumes_from_what_they_have_seen(
         stride=stride,
     )
     assert world.finished > 150
-    assert world.preempted
-    assert world.hits > 40
+    assert min(30 * world.preempted, world.hits) > 40
     assert world.resumed > 20
     assert min(world.layered, world.given_up) > 10

@@ -212,6 +212,9 @@ class Planner:
         """
         if self._was_short:
             return prompts
+        return self._short_first(prompts)
+
+    def _short_first(self, prompts: list[Sequence]) -> list[Sequence]:
         return sorted(prompts, key=lambda prompt: not self.is_short(prompt.piece))
 
     def _set_out(self, sequence: Sequence, seconds: float) -> None:
@@ -254,7 +257,7 @@ class Planner:
     def _fill(self, making: _Pass, prompts: list[Sequence]) -> None:
         """Prompts get all that a step takes, short ones first."""
         most = self._pace.most
-        for sequence in sorted(prompts, key=lambda prompt: not self.is_short(prompt.piece)):
+        for sequence in self._short_first(prompts):
             length = min(sequence.piece, most - len(making.ids))
             if length > 0:
                 making.add(sequence, length)

@@ -27,6 +27,8 @@ from cortex.neuron.models.shape import (
 from cortex.neuron.weights.checkpoint import CONFIG, Checkpoint
 from cortex.wire.errors import LoadFailed
 
+_ALIKE: Final = ("mistral", "qwen3_moe")
+"""Families whose layers all have the window if there is one: transformers does not read their layer_types."""
 _QWEN: Final = {"max_position_embeddings": 32768}
 _DELTA: Final = {
     **_QWEN,
@@ -160,10 +162,6 @@ def _window(fields: Fields, family: str) -> int | None:
     if fields.flag("use_bidirectional_attention"):
         raise fields.refuse("bidirectional attention")
     return fields.size("sliding_window")
-
-
-_ALIKE: Final = ("mistral", "qwen3_moe")
-"""Families whose layers all have the window if there is one: transformers does not read their layer_types."""
 
 
 def _kinds(fields: Fields, family: str, layers: int, window: int | None) -> tuple[Kind, ...]:

@@ -25,6 +25,8 @@ NAMED_TEMPLATES: Final = "additional_chat_templates"
 """The folder in which transformers 5 keeps a directory's templates but the default one, each in a file."""
 _ROLES: Final = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """Template variable -> the name of its id in GGUF metadata."""
+_END_ROLES: Final = ("eos", "eot", "eom")
+"""Names of ids there that end a turn or a text."""
 
 
 class TextCodec:
@@ -93,16 +95,14 @@ def codec_from_gguf(metadata: Mapping[str, Any], *, now: Callable[[], datetime] 
     """From a GGUF file's metadata. Raises LoadFailed for a tokenizer that is broken or not supported."""
     tokens, _ = vocabulary(metadata)
 
-    def declared(role: str) -> int | None:
-        return special_id(metadata, role, len(tokens))
-
-    texts = {name: tokens[id] for name, role in _ROLES.items() if (id := declared(role)) is not None}
-    ends = {id for role in ("eos", "eot", "eom") if (id := declared(role)) is not None}
+    roles = {*_ROLES.values(), *_END_ROLES}
+    ids = {role: id for role in roles if (id := special_id(metadata, role, len(tokens))) is not None}
+    texts = {name: tokens[ids[role]] for name, role in _ROLES.items() if role in ids}
     return TextCodec(
         tokenizer_from_gguf(metadata),
         ChatTemplate(_gguf_templates(metadata), special_tokens=texts, now=now),
-        ends=frozenset(ends),
-        bos=declared("bos") if adds_bos(metadata) else None,
+        ends=frozenset(ids[role] for role in _END_ROLES if role in ids),
+        bos=ids.get("bos") if adds_bos(metadata) else None,
         defaults=_defaults(metadata, "general.sampling.", temperature="temp", penalty="penalty_repeat"),
     )
 
